@@ -1,0 +1,1024 @@
+"""Runs -> Markdown, ready to hand in.
+
+    python baseline/report.py RUN...                        the whole report
+    python baseline/report.py --table ladder RUN...         one table of them
+    python baseline/report.py --chart scaling RUN...        one chart, in mermaid, which GitHub draws
+    python baseline/report.py --table bench FILE.json...    a measurement's own table
+
+A RUN is a folder that train.py left (results.json, beside it timings.json and tensorboard/), a
+folder of such folders, or a pattern in quotes. What is absent prints as "not measured", and a
+speed-up stands only between runs of the same batch, model, data and device.
+"""
+
+import argparse
+import collections
+import difflib
+import glob
+import gzip
+import itertools
+import json
+import math
+import pathlib
+import re
+import statistics
+import sys
+import zlib
+from array import array
+
+import numpy as np
+
+PAPER = "80.8 / 88.5"  # Devlin et al. 2019: BERT-Base on SQuAD v1.1's dev set, EM / F1
+PHASES = ["data", "forward", "backward", "optimizer", "exposed_communication"]
+FIRST_LOSSES = 40  # log intervals over which the ladder compares losses
+MISSING = "not measured"
+
+
+def fault(message):
+    print(f"report.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# 1. Runs: folders -> {"name", "folder", "results", "timings"}
+
+
+def read_json(path, kinds):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except (OSError, ValueError, RecursionError) as error:
+        fault(f"{path}: cannot be read as JSON ({error}): measure again")
+    if not isinstance(value, kinds):
+        fault(f"{path}: holds a {type(value).__name__}, not an object: measure again")
+    return value
+
+
+def natural(path):  # 2-tf32 before 10-compiled
+    return [
+        (not p.isdigit(), int(p) if p.isdigit() else p) for p in re.findall(r"\d+|\D+", str(path))
+    ]
+
+
+def find_runs(names):
+    folders = []
+    for name in names:
+        found = [name] if pathlib.Path(name).exists() else sorted(glob.glob(name), key=natural)
+        if not found:
+            fault(f"{name}: no such folder; a run is the folder given to train.py as --output")
+        for folder in map(pathlib.Path, found):
+            inside = sorted((file.parent for file in folder.glob("*/results.json")), key=natural)
+            if (folder / "results.json").exists():
+                folders.append(folder)
+            elif (folder / "checkpoint.pt").exists():
+                fault(f"{folder}: not finished (it holds checkpoint.pt): start it again to end it")
+            elif inside:
+                folders += inside
+            else:
+                fault(f"{folder}: no results.json in it; give the folder of a finished run")
+    return list(dict.fromkeys(folders))
+
+
+def load_runs(names):
+    runs = []
+    for folder in find_runs(names):
+        results, timings = read_json(folder / "results.json", dict), folder / "timings.json"
+        timings = read_json(timings, dict) if timings.exists() else {}
+        kinds = {
+            "arguments": dict,
+            "environment": dict,
+            "phases": dict,
+            "intervals": list,
+            "tokens_per_step": list,
+        }
+        for field, kind in kinds.items():
+            place = results if field in ("arguments", "environment") else timings
+            if not isinstance(place.setdefault(field, kind()), kind):
+                fault(f"{folder}: {field} is not {'a list' if kind is list else 'an object'}")
+        for entry in [*timings["intervals"], *timings["phases"].values()]:
+            if not isinstance(entry, dict):
+                fault(f"{folder / 'timings.json'}: an interval or a phase is not an object")
+        checked = [field for field in RESULTS.values() if isinstance(field, str)]
+        for field in [*checked, "world_size", "nodes", "parameters", "train_features"]:
+            if results.get(field) is not None and not is_number(results[field]):
+                fault(f"{folder / 'results.json'}: {field} is not a number")
+        runs.append({"folder": folder, "results": results, "timings": timings})
+    names = collections.Counter(run["folder"].resolve().name for run in runs)
+    for run in runs:  # two folders of one name: their parents tell them apart
+        parts = run["folder"].resolve().parts
+        run["name"] = "/".join(parts[-2:] if names[parts[-1]] > 1 else parts[-1:])
+    return runs
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def get(run, field):
+    return run["results"].get(field)
+
+
+def argument(run, name):
+    return run["results"]["arguments"].get(name)
+
+
+def environment(run, name):
+    return run["results"]["environment"].get(name)
+
+
+def ranks(run):
+    return int(get(run, "world_size") or 1)
+
+
+def shape(run):
+    return f"{int(get(run, 'nodes') or 1)}x{ranks(run) // int(get(run, 'nodes') or 1)}"
+
+
+def folder_name(run):
+    return run["name"].split("/")[-1]
+
+
+def device(run):
+    found = environment(run, "devices")
+    names = sorted({str(name) for name in (found if isinstance(found, list) else [found]) if name})
+    return " and ".join(names) or f"device {MISSING}"
+
+
+def model(run):
+    name = "the sample's BERT" if argument(run, "sample") else argument(run, "model")
+    return str(name or f"model {MISSING}").rstrip("/").split("/")[-1]
+
+
+def data(run):
+    path = argument(run, "train_file")
+    parts = [
+        "sample.json"
+        if argument(run, "sample")
+        else str(path).split("/")[-1]
+        if path
+        else "SQuAD v1.1"
+    ]
+    parts += [f"first {argument(run, 'limit')}"] if argument(run, "limit") else []
+    parts += (
+        [f"{argument(run, 'max_length')} tokens a window"] if argument(run, "max_length") else []
+    )
+    return ", ".join(parts)
+
+
+def commit(run):
+    value = environment(run, "commit")
+    return f"{value[:10]}{' with changes' * bool(environment(run, 'dirty'))}" if value else MISSING
+
+
+def settings(run):
+    kinds = [argument(run, name) for name in ("precision", "batching", "strategy")]
+    kinds += ["compiled"] if argument(run, "compile") else []
+    return ", ".join(str(kind) for kind in kinds if kind) or MISSING
+
+
+def paper(run):
+    """The paper's figures where this run may stand beside them, else why not."""
+    # 88.5 k features at 384/128 are the whole of SQuAD v1.1
+    if (
+        argument(run, "sample")
+        or argument(run, "limit")
+        or (get(run, "train_features") or 0) < 85_000
+    ):
+        return f"not comparable: other data ({data(run)})"
+    if "bert-base" not in str(argument(run, "model")).lower():
+        return f"not comparable: another model ({model(run)})"
+    if argument(run, "max_steps") or not argument(run, "epochs"):
+        return "not comparable: not trained to the end"
+    return PAPER
+
+
+# 2. Markdown
+
+
+def number(value):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not is_number(value):
+        return MISSING if value is None or isinstance(value, float) else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if abs(value) >= 10 else 2}f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def percent(share):
+    return f"{100 * share:.1f} %" if is_number(share) else MISSING
+
+
+def score(value):
+    return f"{value:.2f}" if is_number(value) else MISSING
+
+
+def spread(values, show=number):
+    values = [value for value in values if is_number(value)]
+    if len(values) < 2:
+        return show(values[0] if values else None)
+    return f"{show(statistics.mean(values))} ± {show(statistics.stdev(values))}"
+
+
+def listed(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {listed(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(dict.fromkeys(map(listed, value)))
+    return (
+        "" if value is None else number(value) if isinstance(value, (bool, float)) else str(value)
+    )
+
+
+def cell(value):
+    text = number(value).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split()) or " "
+
+
+def table(caption, rows):
+    """rows: dicts of one and the same columns."""
+    columns = list(rows[0]) if rows else ["nothing to show"]
+    body = [columns, ["---"] * len(columns), *(row.values() for row in rows)]
+    lines = (f"| {' | '.join(map(cell, row))} |" for row in body)
+    return "\n".join([f"*{cell(caption).replace('*', '×')}*", "", *lines])
+
+
+def together(values):
+    values = list(dict.fromkeys(str(MISSING if value is None else value) for value in values))
+    return " / ".join(values) if len(values) < 6 else f"({len(values)} different)"
+
+
+def conditions(runs, before):
+    """The caption of a table: what the figures were measured on, and how often."""
+    parts = [together(map(device, runs)), together(argument(run, "precision") for run in runs)]
+    parts += ["batch " + together(argument(run, "batch_size") for run in runs)]
+    parts += [
+        together(map(model, runs)),
+        together(map(data, runs)),
+        "commit " + together(map(commit, runs)),
+    ]
+    parts += [
+        together(
+            str(get(run, "finished_at") or environment(run, "date") or MISSING)[:10] for run in runs
+        )
+    ]
+    return f"{before} {'; '.join(parts)}; {len(runs)} run{'s' * (len(runs) > 1)}."
+
+
+def mermaid(*lines):
+    return "\n".join(["```mermaid", *lines, "```"])
+
+
+def label(text):  # mermaid has no escape for these
+    return re.sub(r'["\[\];`#<>:\n]', " ", str(text))
+
+
+def xychart(title, labels, unit, *series):
+    """labels: names, or the last step of an axis from 1. series: ("bar" or "line", values)."""
+    top = max(value for _, values in series for value in values) or 1
+    steps = isinstance(labels, int)
+    across = (
+        f'"step" 1 --> {labels}'
+        if steps
+        else f"[{', '.join(f'{chr(34)}{label(n)}{chr(34)}' for n in labels)}]"
+    )
+    lines = [
+        f'    title "{label(title)}"',
+        f"    x-axis {across}",
+        f'    y-axis "{unit}" 0 --> {top * 1.1:.3f}',
+    ]
+    lines += [
+        f"    {kind} [{', '.join(f'{value:.3f}' for value in values)}]" for kind, values in series
+    ]
+    return mermaid("xychart-beta", *lines)
+
+
+# 3. Comparing like with like
+
+
+def differences(run, other):
+    """What forbids a speed-up between two runs, and what was changed on purpose."""
+    batch = [argument(one, "batch_size") for one in (other, run)]
+    features = [get(one, "train_features") for one in (other, run)]
+    pairs = [
+        ("batch", *batch),
+        ("model", model(other), model(run)),
+        ("data", data(other), data(run)),
+    ]
+    pairs += [("device", device(other), device(run)), ("features", *features)]
+    forbids = [f"{name} {a} → {b}" for name, a, b in pairs if a != b]
+    pairs = [("nodes x ranks", shape(other), shape(run))]
+    for name in (
+        "precision",
+        "fused",
+        "batching",
+        "compile",
+        "accumulate",
+        "strategy",
+        "gradients",
+        "dropout",
+    ):
+        pairs.append((name, argument(other, name), argument(run, name)))
+    words = {None: "none", True: "on", False: "off"}
+    return forbids, [
+        f"{name} {words.get(a, a)} → {words.get(b, b)}" for name, a, b in pairs if a != b
+    ]
+
+
+def windows(run):
+    """Tokens/s in three windows of the steady intervals; the run's own figure where there are few."""
+    steady = [
+        (i.get("tokens"), i.get("seconds")) for i in run["timings"]["intervals"] if i.get("steady")
+    ]
+    steady = np.array([pair for pair in steady if all(map(is_number, pair))])
+    if len(steady) < 3:
+        return [get(run, "tokens_per_second")] if is_number(get(run, "tokens_per_second")) else []
+    sums = [part.sum(axis=0) for part in np.array_split(steady, 3)]
+    return [float(tokens / seconds) for tokens, seconds in sums if seconds > 0]
+
+
+def speed(run):
+    return statistics.median(windows(run)) if windows(run) else None
+
+
+def speed_up(run, other, of=lambda run: get(run, "tokens_per_second")):
+    if forbids := differences(run, other)[0]:
+        return "not compared: " + ", ".join(forbids)
+    ours, theirs = of(run), of(other)
+    return f"{ours / theirs:.2f}" if ours and theirs else MISSING
+
+
+# 4. Tables of runs. A column is a field of results.json, or a function of the run.
+
+RESULTS = {
+    "run": lambda run: run["name"],
+    "nodes x ranks": shape,
+    "settings": settings,
+    "batch": lambda run: argument(run, "batch_size"),
+    "epoch s": "steady_epoch_seconds",
+    "training s": "train_seconds",
+    "warm-up s": "warmup_seconds",
+    "preparing s": "prepare_seconds",
+    "evaluating s": "evaluate_seconds",
+    "in all s": "total_seconds",
+    "each epoch s": lambda run: listed(get(run, "epoch_seconds")) or None,
+    "features cached": lambda run: get(run, "features_cached"),
+    "resumed from": lambda run: listed(get(run, "resumed_from_steps")) or "-",
+    "tokens/s": "tokens_per_second",
+    "features/s": "features_per_second",
+    "steps": "steps",
+    "MFU": "model_flops_utilization",
+    "padding": "padding_share",
+    "parameters": "parameters",
+    "peak GiB a rank": "peak_memory_gib",
+    "features a rank and pass": lambda run: (
+        (argument(run, "batch_size") or 0) / ranks(run) / (argument(run, "accumulate") or 1) or None
+    ),
+    "EM": "exact_match",
+    "F1": "f1",
+    "the BERT paper's EM / F1": paper,
+    "scorer": lambda run: get(run, "scorer"),
+}
+SHOW = {"MFU": percent, "padding": percent, "EM": score, "F1": score}
+
+
+def value(run, column):
+    field = RESULTS[column]
+    return get(run, field) if isinstance(field, str) else field(run)
+
+
+def plain(before, columns):
+    columns = columns.split("|")
+    return lambda runs: table(
+        conditions(runs, before), [{name: shown(run, name) for name in columns} for run in runs]
+    )
+
+
+def shown(run, column):
+    return SHOW.get(column, number)(value(run, column))
+
+
+def several(runs, column):  # mean and spread of one column
+    return spread([value(run, column) for run in runs], SHOW.get(column, number))
+
+
+def seeds_table(runs):
+    quiet = ("seed", "output", "profile", "save_every", "log_every")
+    groups = collections.defaultdict(list)
+    for run in runs:
+        kept = {k: v for k, v in run["results"]["arguments"].items() if k not in quiet}
+        key = {**kept, "device": device(run), "nodes x ranks": shape(run)}
+        groups[json.dumps(key, sort_keys=True)].append(run)
+    keys = [json.loads(key) for key in groups]
+    differ = [
+        n
+        for n in dict.fromkeys(itertools.chain(*keys))
+        if any(k.get(n) != keys[0].get(n) for k in keys)
+    ]
+    rows = []
+    for key, group in zip(keys, groups.values()):
+        row = {"group": ", ".join(f"{n} {key.get(n)}" for n in differ) or "all of one kind"}
+        row |= {"runs": len(group), "seeds": ", ".join(str(argument(run, "seed")) for run in group)}
+        columns = ["EM", "F1", "epoch s", "tokens/s", "peak GiB a rank"]
+        rows.append(row | {name: several(group, name) for name in columns})
+    before = "Mean ± standard deviation over runs that differ in the seed alone."
+    return table(conditions(runs, before), rows)
+
+
+def loss_agreement(run, earlier):
+    """The largest difference from the first rung that trained the same batches: the same seed and
+    the same real tokens at each step are the same batches, whatever the padding."""
+
+    def first(one):
+        found = [i for i in one["timings"]["intervals"][:FIRST_LOSSES] if is_number(i.get("loss"))]
+        batches = [(argument(one, "seed"), i.get("step"), i.get("tokens")) for i in found]
+        return batches, [i["loss"] for i in found]
+
+    batches, losses = first(run)
+    for other in earlier:
+        if losses and first(other)[0] == batches:
+            most = max(abs(a - b) for a, b in zip(losses, first(other)[1]))
+            return f"{most:.1e} from {other['name']}"
+    return "the first of its batches" if losses else MISSING
+
+
+def rungs(runs):
+    numbered = all(folder_name(run)[0].isdigit() for run in runs)
+    return sorted(runs, key=lambda run: natural(folder_name(run))) if numbered else runs
+
+
+def ladder_table(runs):
+    runs, rows = rungs(runs), []
+    for place, run in enumerate(runs):
+        before, speeds = runs[max(place - 1, 0)], windows(run)
+        around = f" ({number(min(speeds))} to {number(max(speeds))})" if len(speeds) > 1 else ""
+        row = {
+            "rung": run["name"],
+            "what changed": ", ".join(differences(run, before)[1]) or "-",
+            "tokens/s": number(speed(run)) + around,
+            "over the first": speed_up(run, runs[0], speed),
+            "over the one before": speed_up(run, before, speed),
+        }
+        columns = ["MFU", "peak GiB a rank", "padding", "warm-up s"]
+        row |= {name: shown(run, name) for name in columns}
+        rows.append(
+            row | {"loss differs by": loss_agreement(run, runs[:place]), "F1": shown(run, "F1")}
+        )
+    before = f"""Real tokens/s: the median of three windows of the steady steps (least to most).
+    Loss: the largest difference over the first {FIRST_LOSSES} log intervals."""
+    return table(conditions(runs, before), rows)
+
+
+def scaling_groups(runs):
+    """{(rule, shape): runs}. The folder's name says strong or growing; without, the batch does."""
+    least = min((argument(run, "batch_size") or 0) for run in runs)
+    groups = collections.defaultdict(list)
+    for run in sorted(runs, key=lambda run: (ranks(run), shape(run))):
+        named = re.match(r"strong|growing", folder_name(run))
+        by_batch = "growing" if (argument(run, "batch_size") or 0) > least else "strong"
+        groups[named.group() if named else by_batch, shape(run)].append(run)
+    return dict(sorted(groups.items(), key=lambda group: group[0][0] == "growing"))
+
+
+def mean_speed(runs):
+    values = [get(run, "tokens_per_second") for run in runs if get(run, "tokens_per_second")]
+    return statistics.mean(values) if values else None
+
+
+def single(groups, rule, run):
+    """Tokens/s of the 1x1 runs with the same batch (strong), or the same batch a rank (growing)."""
+    batch = (argument(run, "batch_size") or 0) / (ranks(run) if rule == "growing" else 1)
+    for (_, grid), (other, *more) in groups.items():
+        forbids = [d for d in differences(run, other)[0] if not d.startswith("batch")]
+        if grid == "1x1" and argument(other, "batch_size") == batch and not forbids:
+            return mean_speed([other, *more])
+    return None
+
+
+def exposed(run):
+    return (run["timings"]["phases"].get("exposed_communication") or {}).get("share")
+
+
+def scaling_table(runs):
+    groups, rows = scaling_groups(runs), []
+    for (rule, grid), group in groups.items():
+        n, ours, base = ranks(group[0]), mean_speed(group), single(groups, rule, group[0])
+        gain = ours / base if ours and base else None
+        links = [a for run in group if isinstance(a := get(run, "all_reduce"), dict)]
+        bandwidth = spread(a.get("gigabytes_per_second") for a in links)
+        row = {
+            "batch rule": rule,
+            "nodes x ranks": grid,
+            "batch": together(argument(run, "batch_size") for run in group),
+            "runs": len(group),
+            "epoch s": several(group, "epoch s"),
+            "tokens/s": several(group, "tokens/s"),
+            "tokens/s a rank": ours / n if ours else None,
+            "speed-up": f"{gain:.2f}" if gain else "no 1x1 to compare with",
+            "efficiency": percent(gain / n if gain else None),
+            "exposed communication": spread(map(exposed, group), percent) if n > 1 else "-",
+            "all-reduce GB/s": bandwidth if n > 1 else "-",
+            "link": (together(a.get("link") for a in links) or MISSING) if n > 1 else "-",
+            "F1": several(group, "F1"),
+        }
+        rows.append(row)
+    before = """Mean ± standard deviation of the repeats. Strong: 1x1's global batch, the same
+    training. Growing: 1x1's batch on each rank, so the speed-up is of tokens/s and F1 belongs to it."""
+    return table(conditions(runs, before), rows)
+
+
+def strategies_table(runs):
+    # bytes a parameter: fp32 weights and gradients, 4 each, and Adam's two moments
+    formula, rows = {"zero1": lambda n: 8 + 8 / n, "fsdp": lambda n: 16 / n}, []
+    for run in runs:
+        strategy, count = argument(run, "strategy") or "one rank", get(run, "parameters")
+        states = formula.get(strategy, lambda n: 16)(ranks(run)) * (count or 0) / 2**30
+        row = {"strategy": strategy}
+        row |= {name: shown(run, name) for name in ("run", "nodes x ranks", "epoch s", "tokens/s")}
+        row |= {
+            "over the first": speed_up(run, runs[0]),
+            "exposed communication": percent(exposed(run)),
+        }
+        row |= {"states by formula, GiB a rank": states or None}
+        rows.append(row | {name: shown(run, name) for name in ("peak GiB a rank", "F1")})
+    before = """States: weights, gradients and Adam's moments in fp32, computed, not measured; the peak
+    is measured, with activations and buffers in it."""
+    return table(conditions(runs, before), rows)
+
+
+def speed_up_table(runs):
+    rows = []
+    for run in runs[1:]:
+        row = {"run": run["name"], f"speed-up over {runs[0]['name']}": speed_up(run, runs[0])}
+        row |= {"what changed": ", ".join(differences(run, runs[0])[1]) or "nothing"}
+        rows.append(row | {"F1": shown(run, "F1"), "the first's F1": shown(runs[0], "F1")})
+    return table(conditions(runs, "By real tokens/s in the steady state."), rows)
+
+
+def phase_rows(runs):
+    """(run or rank, {phase: (seconds a step, share)}): the run's own, then each rank's by its trace."""
+    for run in runs:
+        own, traces = run["timings"]["phases"], read_traces(run)
+        steps = get(run, "steps") or math.nan
+        if own:
+            seconds = {name: phase.get("seconds") for name, phase in own.items()}
+            seconds = {name: s / steps if is_number(s) else None for name, s in seconds.items()}
+            yield run["name"], {name: (s, own[name].get("share")) for name, s in seconds.items()}
+        for rank, trace in traces.items() if len(traces) > 1 or not own else ():
+            yield f"{run['name']}, rank {rank} (trace)", trace["phases"]
+
+
+def phases_table(runs):
+    found, rows = list(phase_rows(runs)), []
+    names = [name for name in PHASES if any(name in phases for _, phases in found)]
+    names += sorted({name for _, phases in found for name in phases}.difference(names))
+    for run, phases in found:
+        row = {"run": run}
+        for name in names:
+            seconds, share = phases.get(name, (None, None))
+            text = f"{number(1000 * seconds)} ms, " if is_number(seconds) else ""
+            row[name.replace("_", " ")] = text + percent(share) if is_number(share) else MISSING
+        rows.append(row)
+    return table(conditions(runs, "Milliseconds a step, and the share of the steps' time."), rows)
+
+
+def environment_table(runs):
+    fields = {"finished": [get(run, "finished_at") for run in runs]}
+    fields["command"] = [f"`{c}`" if (c := get(run, "command")) else None for run in runs]
+    for key in dict.fromkeys(itertools.chain(*(run["results"]["environment"] for run in runs))):
+        fields[key.replace("_", " ")] = [listed(environment(run, key)) or "-" for run in runs]
+    names = [run["name"] for run in runs]
+    if len(runs) > 4:  # too wide a table: what they have in common, or how many differ
+        names, fields = ["all runs"], {k: [together(map(cell, v))] for k, v in fields.items()}
+    rows = [{"": field} | dict(zip(names, values)) for field, values in fields.items()]
+    return table("The machine, the versions and the command of each run.", rows)
+
+
+# 5. Traces, read event by event: 50 MB of trace are a gigabyte once unpacked
+
+
+def events(path):
+    """The complete events ("ph": "X") of a Chrome trace, in bounded memory."""
+    decode = json.JSONDecoder().raw_decode
+    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+        text = file.read(1 << 22)
+        place = text.index("[", text.index('"traceEvents"')) + 1
+        while True:
+            while text[place : place + 1] in tuple(" \r\n\t,"):
+                place += 1
+            if text[place : place + 1] == "]":
+                return
+            try:
+                event, place = decode(text, place)
+            except ValueError:  # the event goes on in the next piece
+                more = file.read(1 << 22)
+                if not more or len(text) - place > 1 << 26:
+                    raise
+                text, place = text[place:] + more, 0
+            else:
+                if event.get("ph") == "X":
+                    yield event
+
+
+def spans(flat):
+    """array of start, length, name, start, ... -> starts, ends, names, sorted, the outer one first."""
+    rows = np.frombuffer(flat).reshape(-1, 3) if flat else np.empty((0, 3))
+    rows = rows[np.lexsort((-rows[:, 1], rows[:, 0]))]
+    return rows[:, 0], rows[:, 0] + rows[:, 1], rows[:, 2].astype(int)
+
+
+def union(starts, ends):
+    """Intervals that overlap -> separate ones, rows of [start, end]."""
+    order = np.argsort(starts, kind="stable")
+    starts, reach = starts[order], np.maximum.accumulate(ends[order])
+    first = np.ones(len(starts), bool)
+    first[1:] = starts[1:] > reach[:-1]
+    return np.stack([starts[first], reach[np.roll(first, -1)]], axis=1)
+
+
+def within(starts, ends, begin, end):
+    return np.clip(np.minimum(ends, end) - np.maximum(starts, begin), 0, None)
+
+
+def self_spans(starts, ends, names):
+    """Nested spans of one thread -> spans of what each spent itself, its children's time out."""
+    out, stack, now = array("d"), [], 0.0
+
+    def leave(until):  # the events that have ended by then
+        nonlocal now
+        while stack and stack[-1][0] <= until:
+            end, name = stack.pop()
+            out.extend((now, max(end - now, 0), name))
+            now = max(end, now)
+
+    for start, end, name in zip(starts.tolist(), ends.tolist(), names.tolist()):
+        leave(start)
+        if stack:
+            out.extend((now, max(start - now, 0), stack[-1][1]))
+        stack.append((end, name))
+        now = start
+    leave(math.inf)
+    return spans(out)
+
+
+COMMUNICATION = re.compile(r"nccl|gloo:|mpi:", re.IGNORECASE)  # kernels; gloo's own threads
+HANDING_OVER = re.compile(r"_?c10d")  # the host's side of it, which computes nothing
+
+
+def read_trace(path):
+    """What one rank did in its profiled steps: shares, self times a step, phases, largest gaps."""
+    names, computes, annotations, steps = {}, set(), set(), []
+    kernels, launched, operators, talk, ranges, device_ranges = (array("d") for _ in range(6))
+    threads = collections.defaultdict(lambda: array("d"))
+    for event in events(path):
+        kind, name, start, length = (event.get(key) for key in ("cat", "name", "ts", "dur"))
+        key = names.setdefault(name, len(names))
+        span, link = (
+            (float(start), float(length), key),
+            event.get("args", {}).get("External id", -1),
+        )
+        if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            talks = COMMUNICATION.match(name)
+            (talk if talks else kernels).extend(span)
+            launched.extend(() if talks else (link, key))
+        elif kind == "gpu_user_annotation" and name in PHASES:
+            device_ranges.extend(span)
+        elif kind == "user_annotation" and name.startswith("ProfilerStep#"):
+            steps.append((span[0], span[0] + span[1], name))
+        elif kind == "user_annotation" and COMMUNICATION.match(name):
+            talk.extend(span if name.startswith("gloo:") else ())
+        elif kind in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
+            threads[event.get("tid")].extend(span)
+            if kind == "cpu_op":
+                operators.extend((link, key))
+                computes |= set() if HANDING_OVER.match(name) else {key}
+            elif kind == "user_annotation":
+                annotations.add(key)
+                ranges.extend(span if name in PHASES else ())
+    if not steps:
+        raise ValueError("no ProfilerStep in it")
+    names, steps = list(names), sorted(steps)
+    host = [self_spans(*spans(flat)) for flat in threads.values()]
+    begin, end = steps[0][0], steps[-1][1]
+    if kernels:  # the host runs ahead of the device, whose steps are its first to its last kernel
+        work = [by_operator(names, kernels, launched, operators)]
+        work = [tuple(column[work[0][0] >= begin] for column in work[0])]
+        begin, end = work[0][0].min(), work[0][1].max()
+    else:
+        work = [
+            tuple(c[np.isin(keys, list(computes))] for c in (s, e, keys)) for s, e, keys in host
+        ]
+    busy = union(*(np.concatenate(column) for column in list(zip(*work))[:2]))
+    talking = union(*spans(talk)[:2])
+    either = union(*np.concatenate([busy, talking]).T)
+    spent = np.zeros(len(names))
+    for starts, ends, keys in work:
+        spent += np.bincount(keys, within(starts, ends, begin, end), len(names))
+    microseconds = [within(*rows.T, begin, end).sum() for rows in (busy, either, talking)]
+    shares = [float(one / (end - begin)) for one in microseconds]
+    phases = collections.Counter()
+    for start, stop, key in zip(*spans(device_ranges or ranges)):
+        phases[names[key]] += (stop - start) / 1e6 / len(steps)
+    seconds = (end - begin) / 1e6 / len(steps)
+    edges = np.r_[begin, np.clip(either, begin, end).ravel(), end].reshape(-1, 2)
+    gaps = sorted(edges.tolist(), key=lambda gap: gap[0] - gap[1])[:5]
+    return {
+        "place": "device" if kernels else "CPU",
+        "steps": len(steps),
+        "seconds": seconds,
+        "computing": shares[0],
+        "exposed communication": shares[1] - shares[0],
+        "idle": 1 - shares[1],
+        "communication": shares[2],
+        "phases": {name: (one, one / seconds) for name, one in phases.items()},
+        "operators": {names[k]: spent[k] / 1e6 / len(steps) for k in np.flatnonzero(spent)},
+        "gaps": [
+            meanwhile(*gap, steps, spans(ranges), host, names, annotations)
+            for gap in gaps
+            if gap[0] < gap[1]
+        ],
+    }
+
+
+def by_operator(names, kernels, launched, operators):
+    """Kernels as spans named by the operator that launched them; compiled ones keep their name."""
+    links, keys = np.frombuffer(operators).reshape(-1, 2).T if operators else np.empty((2, 0))
+    order = np.argsort(links, kind="stable")
+    wanted, own = np.frombuffer(launched).reshape(-1, 2).T
+    place = np.minimum(np.searchsorted(links[order], wanted), max(len(links) - 1, 0))
+    found = (
+        (links[order][place] == wanted) & (wanted >= 0) if len(links) else np.zeros(len(own), bool)
+    )
+    found &= ~np.isin(own, [key for key, name in enumerate(names) if name.startswith("triton")])
+    named = np.frombuffer(kernels).reshape(-1, 3).copy()
+    named[:, 2] = np.where(found, keys[order][place], own) if len(links) else own
+    return spans(array("d", named.tobytes()))
+
+
+def meanwhile(begin, end, steps, ranges, host, names, annotations):
+    """A gap -> its milliseconds, step, phase, and what the host spent most of it on."""
+    step = next((name for start, stop, name in steps if start <= begin < stop), "after the steps")
+    phase, did, idle = collections.Counter(), collections.Counter(), "Python, no operator"
+    for start, stop, key in zip(*ranges):
+        phase[names[key]] += max(0, min(stop, end) - max(start, begin))
+    for starts, ends, keys in host:
+        inside = slice(np.searchsorted(ends, begin, "right"), np.searchsorted(starts, end))
+        for key, one in zip(keys[inside], within(starts[inside], ends[inside], begin, end)):
+            did[idle if key in annotations else names[key]] += one
+    did[idle] += max(0, end - begin - did.total())
+    most = [
+        f"{name} {number(one / 1000)} ms"
+        for name, one in did.most_common(2)
+        if one > (end - begin) / 10
+    ]
+    [(phase, inside)] = phase.most_common(1) or [("", 0)]
+    phase = phase if inside else "between phases"
+    gap = {"ms": (end - begin) / 1000, "step": step, "phase": phase}
+    return gap | {"what the host did in it": ", ".join(most)}
+
+
+def read_traces(run):
+    """{rank: trace}; of several lives of a run the last one's."""
+    if "traces" not in run:
+        newest, run["traces"] = {}, {}
+        for path in sorted((run["folder"] / "tensorboard").glob("*.pt.trace.json.gz"), key=natural):
+            named = re.search(r"rank(\d+)", path.name)
+            newest[int(named[1]) if named else 0] = path
+        for rank, path in sorted(newest.items()):
+            if path.stat().st_size > 5e6:
+                print(f"reading {path.name}, {path.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
+            try:
+                run["traces"][rank] = read_trace(path)
+            except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error) as error:
+                fault(f"{path}: cannot be read as a trace ({error}): delete it, or run again")
+    return run["traces"]
+
+
+def trace_table(runs):
+    parts = []
+    for run in runs:
+        traces = read_traces(run)
+        if not traces:
+            parts.append(f"{run['name']}: no trace in its tensorboard folder, so {MISSING}.")
+            continue
+        first, seconds = next(iter(traces.values())), sum(t["seconds"] for t in traces.values())
+        where = f"in {first['steps']} profiled steps of {run['name']} (the profiler slows them)."
+        rows, gaps, total = [], [], collections.Counter()
+        for rank, trace in traces.items():
+            row = {"rank": str(rank), "ms a step": 1000 * trace["seconds"]}
+            row |= {
+                name: percent(trace[name])
+                for name in ("computing", "exposed communication", "idle")
+            }
+            rows.append(row | {"communication in all": percent(trace["communication"])})
+            gaps += [
+                {"rank": str(rank)} | gap for gap in trace["gaps"][: 5 if len(traces) == 1 else 2]
+            ]
+            total.update(trace["operators"])
+        parts.append(table(conditions([run], f"What the {first['place']} did {where}"), rows))
+        rows = []
+        for name, all_ranks in total.most_common(10):
+            row = {"operator": f"`{name[:60]}`", "share of the step": percent(all_ranks / seconds)}
+            times = {f"rank {r}, ms": 1000 * t["operators"].get(name, 0) for r, t in traces.items()}
+            if len(times) > 4:
+                ms = list(times.values())
+                times = {"least, ms": min(ms), "mean, ms": statistics.mean(ms), "most, ms": max(ms)}
+            rows.append(row | times)
+        before = (
+            f"The ten operators with the most self time on the {first['place']}, a step, {where}"
+        )
+        parts.append(table(conditions([run], before), rows))
+        before = f"The largest gaps, with neither computing nor communication, {where}"
+        parts.append(table(conditions([run], before), gaps))
+    return "\n\n".join(parts)
+
+
+# 6. Charts, in the mermaid that GitHub draws
+
+
+def speed_chart(runs, title="Real tokens a second"):
+    speeds = [(run["name"], speed(run)) for run in runs if speed(run)]
+    return (
+        xychart(title, [n for n, _ in speeds], "tokens/s", ("bar", [s for _, s in speeds]))
+        if speeds
+        else MISSING
+    )
+
+
+def scaling_chart(runs):
+    groups, charts = scaling_groups(runs), []
+    for rule in ("strong", "growing"):
+        points = [
+            (key[1], mean_speed(g), single(groups, rule, g[0]), ranks(g[0]))
+            for key, g in groups.items()
+            if key[0] == rule
+        ]
+        points = [(grid, ours, base * n) for grid, ours, base, n in points if ours and base]
+        if points:
+            grids, ours, ideal = zip(*points)
+            title = f"{rule}: tokens a second (bars), and 1x1's times the ranks (line)"
+            charts.append(xychart(title, grids, "tokens/s", ("bar", ours), ("line", ideal)))
+    return "\n\n".join(charts) or f"Scaling: no 1x1 to compare with, so {MISSING}."
+
+
+def phases_chart(runs):
+    charts = []
+    for name, phases in phase_rows(runs):
+        slices = {
+            phase: 100 * share
+            for phase, (_, share) in phases.items()
+            if is_number(share) and share > 0
+        }
+        lines = [
+            f'    "{label(phase.replace("_", " "))}" : {max(share, 0.01):.2f}'
+            for phase, share in slices.items()
+        ]
+        if lines:
+            charts.append(
+                mermaid("pie showData", f"    title {label(name)}, percent of a step", *lines)
+            )
+    return "\n\n".join(charts) or f"Phases: {MISSING}."
+
+
+def tokens_chart(runs):
+    charts = []
+    for run in runs:
+        pairs = run["timings"]["tokens_per_step"][:60]
+        pairs = [
+            pair
+            for pair in pairs
+            if isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair))
+        ]
+        if len(pairs) > 1:
+            real, computed = zip(*pairs)
+            title = f"{run['name']}: tokens a step, computed (upper line) and real (lower)"
+            charts.append(xychart(title, len(pairs), "tokens", ("line", computed), ("line", real)))
+    return "\n\n".join(charts) or f"Tokens a step: {MISSING}."
+
+
+# 7. A measurement's own table: {"title", "conditions", "columns", "rows", "environment"}, or several
+
+
+def measured_table(name):
+    path, parts = pathlib.Path(name), []
+    if not path.is_file():
+        fault(f"{path}: no such file; give the JSON that the measuring script wrote")
+    found = read_json(path, (dict, list))
+    for one in found if isinstance(found, list) else [found]:
+        columns, rows = (
+            one.get(key) if isinstance(one, dict) else None for key in ("columns", "rows")
+        )
+        if not isinstance(columns, list) or not isinstance(rows, list):
+            fault(f'{path}: wants {{"title", "conditions", "columns": [...], "rows": [[...]]}}')
+        columns = list(map(cell, columns))
+        if any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
+            fault(f"{path}: rows: each wants as many cells as columns has, {len(columns)}")
+        where = one.get("environment") or {}
+        where = where if isinstance(where, dict) else {"environment": where}
+        caption = [
+            listed(one.get("conditions")),
+            *(f"{k.replace('_', ' ')} {listed(v)}" for k, v in where.items() if v is not None),
+        ]
+        caption = "; ".join(filter(None, caption)) or f"conditions {MISSING}"
+        parts += [
+            f"**{cell(one.get('title') or path.stem)}**",
+            table(caption + ".", [dict(zip(columns, row)) for row in rows]),
+        ]
+    return "\n\n".join(parts)
+
+
+# 8. The whole report
+
+
+def report(runs):
+    parts = ["# Report", "## Environment", environment_table(runs)]
+    for title in ("times", "throughput", "answers"):
+        parts += [f"## {title.capitalize()}", TABLES[title](runs)]
+    names = [folder_name(run) for run in runs]
+    strategies = {argument(run, "strategy") for run in runs}
+    if len(runs) > 1:
+        kinds = {
+            "ladder": all(re.match(r"\d+-", name) for name in names),
+            "scaling": all(re.match(r"(strong|growing)-\d+x\d+", name) for name in names),
+            "strategies": None not in strategies and len(strategies) > 1,
+            "seeds": len({argument(run, "seed") for run in runs}) > 1,
+        }
+        kinds["speed-up"] = not any(kinds.values())
+        for title in (title for title, fits in kinds.items() if fits):
+            parts += [f"## {title.capitalize()}", TABLES[title](runs)]
+            parts += [CHARTS.get(title, speed_chart)(runs)]
+    parts += ["## Phases", phases_table(runs), phases_chart(runs)]
+    traced = [run for run in runs if read_traces(run)]
+    return "\n\n".join(parts + (["## Traces", trace_table(traced)] if traced else []))
+
+
+CHARTS = {
+    "runs": speed_chart,
+    "ladder": lambda runs: speed_chart(rungs(runs), "The ladder: real tokens a second"),
+    "scaling": scaling_chart,
+    "phases": phases_chart,
+    "tokens": tokens_chart,
+}
+STEADY = "Steady state: warm-up, the profiler's steps, saves and waits for them are out; real tokens only."
+TABLES = {
+    "runs": plain(
+        "A row a run.",
+        "run|nodes x ranks|settings|batch|epoch s|training s|tokens/s|MFU|padding|peak GiB a rank|EM|F1",
+    ),
+    "times": plain(
+        "Seconds; the first is the headline, an epoch's real tokens at the steady tokens/s.",
+        "run|epoch s|training s|warm-up s|preparing s|evaluating s|in all s|each epoch s|features cached|resumed from",
+    ),
+    "throughput": plain(
+        STEADY, "run|tokens/s|features/s|padding|MFU|peak GiB a rank|nodes x ranks|steps"
+    ),
+    "answers": plain(
+        "Percent, on the whole validation file, once, at the end.",
+        "run|EM|F1|the BERT paper's EM / F1|scorer",
+    ),
+    "memory": plain(
+        "The most that a rank held.",
+        "run|nodes x ranks|settings|features a rank and pass|parameters|peak GiB a rank",
+    ),
+    "environment": environment_table,
+    "speed-up": speed_up_table,
+    "seeds": seeds_table,
+    "ladder": ladder_table,
+    "scaling": scaling_table,
+    "strategies": strategies_table,
+    "phases": phases_table,
+    "trace": trace_table,
+}
+MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured"]
+
+
+def one_of(choices):
+    def check(name):
+        if name not in choices:
+            near = "".join(
+                f", perhaps {near}" for near in difflib.get_close_matches(name, choices, 1)
+            )
+            raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)}{near}")
+        return name
+
+    return check
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py left")
+    names = f"{', '.join(TABLES)}; for FILE.json {', '.join(MEASURED)}"
+    parser.add_argument("--table", type=one_of([*TABLES, *MEASURED]), metavar="NAME", help=names)
+    parser.add_argument("--chart", type=one_of(CHARTS), metavar="NAME", help=", ".join(CHARTS))
+    parser.error = fault
+    options = parser.parse_args()
+    if options.table in MEASURED:
+        return print("\n\n".join(map(measured_table, options.runs)))
+    runs = load_runs(options.runs)
+    chosen = [TABLES[options.table](runs)] if options.table else []
+    chosen += [CHARTS[options.chart](runs)] if options.chart else []
+    print("\n\n".join(chosen) or report(runs))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")
+    main()

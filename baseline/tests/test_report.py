@@ -1,0 +1,602 @@
+"""report.py on runs made here, field by field as train.py leaves them, and on traces: one made by
+hand for each kind of device, whose shares are known, and one that torch.profiler writes."""
+
+import gzip
+import json
+import math
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+REPORT = pathlib.Path(__file__).parents[1] / "report.py"
+A100 = "NVIDIA A100-PCIE-40GB"
+
+
+def report(*words, code=0):
+    command = [sys.executable, str(REPORT), *map(str, words)]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def make_run(folder, arguments=(), results=(), timings=(), environment=(), speed=10_000.0):
+    """A run's results.json and timings.json; what is given replaces what stands here."""
+    settings = {
+        "model": "google-bert/bert-base-uncased",
+        "train_file": None,
+        "validation_file": None,
+        "sample": False,
+        "limit": None,
+        "max_length": 384,
+        "stride": 128,
+        "epochs": 3,
+        "max_steps": None,
+        "batch_size": 32,
+        "accumulate": 1,
+        "batching": "packed",
+        "device": "auto",
+        "precision": "bf16",
+        "compile": True,
+        "fused": True,
+        "learning_rate": 5e-5,
+        "dropout": None,
+        "seed": 42,
+        "output": str(folder),
+        "profile": True,
+    } | dict(arguments)
+    machine = {
+        "commit": "0123456789abcdef0123456789abcdef01234567",
+        "dirty": False,
+        "date": "2026-11-24T21:00:00+01:00",
+        "hosts": ["node-1"],
+        "devices": [A100],
+        "gpu_before": {"power.limit": "250.00 W", "clocks.sm": "1410 MHz"},
+        "torch": "2.13.0",
+        "cuda": "12.8",
+        "transformers": "5.23.0",
+        "python": "3.11.2",
+        "slurm_job_id": None,
+        "node_shared": None,
+    } | dict(environment)
+    outcome = {
+        "exact_match": 80.912,
+        "f1": 88.345,
+        "steady_epoch_seconds": 15_000_000 / speed,
+        "train_seconds": 46_000_000 / speed,
+        "epoch_seconds": [1501.0, 1502.0, 1503.0],
+        "warmup_seconds": 12.5,
+        "prepare_seconds": 20.0,
+        "features_cached": False,
+        "evaluate_seconds": 9.5,
+        "total_seconds": 47_000_000 / speed,
+        "features_per_second": speed / 170,
+        "tokens_per_second": speed,
+        "padding_share": 0.025,
+        "model_flops_utilization": 0.41,
+        "peak_memory_gib": 9.87,
+        "steps": 8300,
+        "train_features": 88_524,
+        "world_size": 1,
+        "nodes": 1,
+        "parameters": 108_893_186,
+        "arguments": settings,
+        "environment": machine,
+        "resumed_from_steps": [],
+        "repeated_steps": 0,
+        "restarts": 0,
+        "scorer": "evaluate",
+        "finished_at": "2026-11-24T21:30:00+01:00",
+        "command": "sbatch baseline/run.sbatch",
+        "paper": {"exact_match": 80.8, "f1": 88.5},
+    } | dict(results)
+    draw = random.Random(0)
+    tokens = [draw.randint(5000, 6000) for _ in range(60)]
+    times = {
+        "phases": {
+            "data": {"seconds": 8.3, "share": 0.01},
+            "forward": {"seconds": 249.0, "share": 0.3},
+            "backward": {"seconds": 498.0, "share": 0.6},
+            "optimizer": {"seconds": 74.7, "share": 0.09},
+        },
+        "intervals": [
+            {
+                "step": 10 * (n + 1),
+                "loss": 6 * math.exp(-n / 20),
+                "learning_rate": 5e-5,
+                "gradient_norm": 1.0,
+                "seconds": count / speed,
+                "tokens": count,
+                "steady": n > 2,
+            }
+            for n, count in enumerate(tokens)
+        ],
+        "tokens_per_step": [[count, 6144] for count in tokens],
+    } | dict(timings)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(outcome))
+    (folder / "timings.json").write_text(json.dumps(times))
+    return folder
+
+
+def event(category, name, start, length, thread=1, **args):
+    times = {"ts": 4_700_000_000_000.5 + 1000 * start, "dur": 1000 * length}
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "pid": 1,
+        "tid": thread,
+        "args": args,
+        **times,
+    }
+
+
+def write_trace(folder, rank, events, stamp=1795557151448263042):
+    """The file as torch.profiler's tensorboard_trace_handler names and writes it."""
+    folder = folder / "tensorboard"
+    folder.mkdir(exist_ok=True)
+    noise = [
+        {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "ts": 1, "args": {"name": "python"}}
+    ]
+    noise += [
+        {"ph": "s", "id": 7, "pid": 1, "tid": 1, "ts": 1.5, "cat": "fwdbwd", "name": "fwdbwd"}
+    ]
+    whole = {"schemaVersion": 1, "traceEvents": [*noise, *events], "traceName": "trace.json"}
+    with gzip.open(folder / f"rank{rank}.{stamp}.pt.trace.json.gz", "wt") as file:
+        json.dump(whole, file, indent=2)
+
+
+def cpu_step(n, at):
+    """10 ms: 1 of data; 3 + 4 of operators, all but 0.25 computing; gloo alone for 1.5 + 0.25; 1.5 of nothing."""
+    return [
+        event("user_annotation", f"ProfilerStep#{n}", at, 10),
+        event("user_annotation", "data", at, 1),
+        event("user_annotation", "forward", at + 1, 3),
+        event("cpu_op", "aten::linear", at + 1, 3),
+        event("cpu_op", "aten::addmm", at + 1.5, 2),
+        event("user_annotation", "backward", at + 4, 5.5),
+        event("cpu_op", "autograd::engine::evaluate_function: AddmmBackward0", at + 4, 4),
+        event("cpu_op", "aten::mm", at + 4, 3.5),
+        event("cpu_op", "c10d::allreduce_", at + 7.5, 0.25),
+        event("user_annotation", "gloo:all_reduce", at + 7, 2.5, thread=9),
+        event("user_annotation", "optimizer", at + 9.5, 0.5),
+    ]
+
+
+def cuda_steps(steps=2):
+    """Kernels from 2 ms on: a step is 8 ms, 6 of kernels, 1 of all-reduce alone, 1 of nothing."""
+    events = []
+    for n in range(steps):
+        host, at = 3 * n, 2 + 8 * n
+        events += [
+            event("user_annotation", f"ProfilerStep#{n}", host, 3),
+            event("user_annotation", "forward", host, 2),
+            event("cpu_op", "aten::addmm", host + 0.5, 1, **{"External id": 10 * n + 1}),
+            event(
+                "cuda_runtime", "cudaLaunchKernel", host + 0.6, 0.1, **{"External id": 10 * n + 1}
+            ),
+            event("kernel", "ampere_bf16_gemm", at, 3, 7, **{"External id": 10 * n + 1}),
+            event("kernel", "triton_red_fused_gelu_3", at + 3, 2, 7, **{"External id": 10 * n + 1}),
+            event("kernel", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL", at + 4, 2, 8),
+            event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", at + 7, 1, 7),
+            event("gpu_user_annotation", "forward", at, 5, 7),
+        ]
+    return events + [event("cuda_runtime", "cudaStreamSynchronize", 3 * steps, 8 * steps)]
+
+
+def shares(text):
+    """The row of rank 0 in 'What the device did', as percents."""
+    found = re.search(
+        r"^\| 0 \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$",
+        text,
+        re.MULTILINE,
+    )
+    return [float(value) for value in found.groups()]
+
+
+# The whole report
+
+
+def test_whole_report_of_one_run(tmp_path):
+    text = report(make_run(tmp_path / "baseline-7"))
+    for part in ("# Report", "## Environment", "## Times", "## Answers", "## Phases", "```mermaid"):
+        assert part in text
+    assert "| baseline-7 | 80.91 | 88.34 | 80.8 / 88.5 | evaluate |" in text
+    assert "power.limit 250.00 W" in text and "`sbatch baseline/run.sbatch`" in text
+    assert "30.0 ms, 30.0 %" in text  # 249 s over 8300 steps
+    assert "Traces" not in text and str(tmp_path) not in text
+
+
+def test_every_table_states_its_conditions(tmp_path):
+    run = make_run(tmp_path / "one")
+    captions = re.findall(r"^\*(.*)\*$", report(run, make_run(tmp_path / "two")), re.MULTILINE)
+    assert len(captions) >= 6
+    for caption in captions[1:]:  # the first is the environment itself
+        for part in (
+            A100,
+            "bf16",
+            "batch 32",
+            "bert-base-uncased",
+            "SQuAD v1.1",
+            "0123456789",
+            "2026-11-24",
+        ):
+            assert part in caption
+        assert "2 runs." in caption
+
+
+def test_paper_stands_only_beside_full_runs_of_bert_base(tmp_path):
+    cases = {
+        "limit": ({"limit": 100}, {}, "other data (SQuAD v1.1, first 100"),
+        "sample": ({"sample": True}, {}, "other data (sample.json"),
+        "small": (
+            {"train_file": "squad/train.json"},
+            {"train_features": 1404},
+            "other data (train.json",
+        ),
+        "model": (
+            {"model": "distilbert-base-uncased/"},
+            {},
+            "another model (distilbert-base-uncased)",
+        ),
+        "short": ({"max_steps": 5}, {}, "not trained to the end"),
+    }
+    cases["model"][0]["model"] = "google/electra-base"
+    cases["model"] = (*cases["model"][:2], "another model (electra-base)")
+    for name, (arguments, results, reason) in cases.items():
+        text = report("--table", "answers", make_run(tmp_path / name, arguments, results))
+        assert "not comparable: " + reason in text and "80.8" not in text
+
+
+def test_absent_and_null_figures_are_not_invented(tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "results.json").write_text('{"f1": null, "exact_match": NaN}')
+    text = report(folder, folder)
+    assert (
+        "not measured" in text and "| bare | not measured | not measured | not comparable" in text
+    )
+    assert not re.search(r"\b(None|nan|null)\b", text)
+    for name in ("runs", "seeds", "ladder", "scaling", "strategies", "phases", "trace", "memory"):
+        assert "not measured" in report("--table", name, folder)
+
+
+# Speed-ups
+
+
+def test_speed_up_only_between_alike(tmp_path):
+    first = make_run(tmp_path / "first", speed=1000.0)
+    same = make_run(tmp_path / "faster", {"batching": "padded"}, speed=2500.0)
+    text = report("--table", "speed-up", first, same)
+    assert "| faster | 2.50 | batching packed → padded |" in text
+    others = {
+        "batch 32 → 64": ({"batch_size": 64}, {}, {}),
+        "model bert-base-uncased → minilm": ({"model": "../minilm"}, {}, {}),
+        "data SQuAD v1.1, 384 tokens a window → train.json": (
+            {"train_file": "x/train.json"},
+            {},
+            {},
+        ),
+        "features 88524 → 88000": ({}, {"train_features": 88000}, {}),
+        f"device {A100} → NVIDIA H100": ({}, {}, {"devices": ["NVIDIA H100"]}),
+    }
+    for n, (reason, (arguments, results, environment)) in enumerate(others.items()):
+        other = make_run(tmp_path / str(n), arguments, results, (), environment)
+        assert "not compared: " + reason in report("--table", "speed-up", first, other)
+
+
+def test_seeds(tmp_path):
+    runs = [make_run(tmp_path / f"p{n}", {"seed": n}, {"f1": 80.0 + n}) for n in (1, 2, 3)]
+    runs += [
+        make_run(tmp_path / f"q{n}", {"seed": n, "batching": "padded"}, {"f1": 70.0})
+        for n in (1, 2)
+    ]
+    text = report("--table", "seeds", *runs)
+    assert "| batching packed | 3 | 1, 2, 3 | 80.91 ± 0.00 | 82.00 ± 1.00 |" in text
+    assert "| batching padded | 2 | 1, 2 |" in text
+    assert "## Seeds" in report(*runs)
+
+
+def make_ladder(folder):
+    rungs = {
+        "1-fp32": ({"precision": "fp32", "batching": "padded", "compile": False}, 1000.0),
+        "2-tf32": ({"precision": "tf32", "batching": "padded", "compile": False}, 2000.0),
+        "3-dynamic": ({"precision": "tf32", "batching": "dynamic", "compile": False}, 3000.0),
+        "10-packed": ({"precision": "tf32", "compile": False}, 6000.0),
+    }
+    for name, (arguments, speed) in rungs.items():
+        make_run(folder / name, arguments, speed=speed)
+    path = folder / "2-tf32" / "timings.json"
+    times = json.loads(path.read_text())
+    times["intervals"][7]["loss"] += 0.014
+    times["intervals"][50]["loss"] += 9  # after the losses that are compared
+    path.write_text(json.dumps(times))
+    path = folder / "10-packed" / "timings.json"
+    times = json.loads(path.read_text())
+    times["intervals"][3]["tokens"] += 1  # so it trained other batches
+    path.write_text(json.dumps(times))
+
+
+def test_ladder(tmp_path):
+    make_ladder(tmp_path / "ladder")
+    text = report("--table", "ladder", "--chart", "ladder", tmp_path / "ladder")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["| 1-fp32", "| 2-tf32", "| 3-dynamic", "| 10-packed"]
+    assert [row[1] for row in rows][1:3] == ["precision fp32 → tf32", "batching padded → dynamic"]
+    assert [row[3:5] for row in rows] == [
+        ["1.00", "1.00"],
+        ["2.00", "2.00"],
+        ["3.00", "1.50"],
+        ["6.00", "2.00"],
+    ]
+    assert rows[1][9] == "1.4e-02 from 1-fp32" and rows[2][9] == "0.0e+00 from 1-fp32"
+    assert rows[3][9] == "the first of its batches"
+    assert re.match(r"2,000 \(2,000 to 2,000\)", rows[1][2])
+    assert 'x-axis ["1-fp32", "2-tf32", "3-dynamic", "10-packed"]' in text
+    assert "## Ladder" in report(tmp_path / "ladder")
+
+
+def test_median_of_three_windows(tmp_path):
+    rows = [{"step": n, "loss": 1.0, "seconds": 1.0, "steady": n > 0} for n in range(10)]
+    for n, row in enumerate(rows):
+        row["tokens"] = [9999, 10, 10, 10, 40, 40, 40, 20, 20, 20][n]
+    run = make_run(tmp_path / "run", timings={"intervals": rows})
+    assert "| 20.0 (10.0 to 40.0) |" in report("--table", "ladder", run)
+
+
+def make_scaling(folder):
+    def phases(share):
+        return {"phases": {"exposed_communication": {"seconds": 1.0, "share": share}}}
+
+    link = {"all_reduce": {"gigabytes_per_second": 10.8, "megabytes": 436, "link": "NET/IB"}}
+    for rule in ("strong", "growing"):
+        for grid, speed in {"1x1": 1000.0, "1x2": 1900.0, "2x2": 3600.0}.items():
+            nodes, per_node = map(int, grid.split("x"))
+            n = nodes * per_node
+            batch = 512 if rule == "strong" else 128 * n
+            for repeat in (1, 2, 3):
+                make_run(
+                    folder / f"{rule}-{grid}-{repeat}",
+                    {"batch_size": batch, "strategy": "ddp"},
+                    {"world_size": n, "nodes": nodes, "f1": 88.0, **link},
+                    phases(0.05 if n > 1 else 0.0),
+                    speed=speed + 10 * (repeat - 2),
+                )
+
+
+def test_scaling(tmp_path):
+    make_scaling(tmp_path / "scaling")
+    text = report("--table", "scaling", "--chart", "scaling", tmp_path / "scaling")
+    row = next(line for line in text.splitlines() if line.startswith("| strong | 2x2"))
+    for part in (
+        "| 512 | 3 |",
+        "| 3,600 ± 10.0 | 900.0 | 3.60 | 90.0 % |",
+        "| 10.8 ± 0 | NET/IB | 88.00",
+    ):
+        assert part in row
+    assert "| strong | 1x1 | 512 | 3 |" in text and "| growing | 2x2 | 512 | 3 |" in text
+    assert "line [1000.000, 2000.000, 4000.000]" in text and text.count("xychart-beta") == 2
+    assert "## Scaling" in report(tmp_path / "scaling")
+
+
+def test_scaling_without_a_single_rank_compares_nothing(tmp_path):
+    run = make_run(tmp_path / "strong-2x2-1", {"strategy": "ddp"}, {"world_size": 4, "nodes": 2})
+    other = make_run(tmp_path / "strong-1x1-1", {"strategy": "ddp", "batch_size": 64})
+    text = report("--table", "scaling", "--chart", "scaling", run, other)
+    assert text.splitlines()[4].count("no 1x1 to compare with") + text.count("no 1x1") >= 1
+
+
+def test_strategies_and_memory(tmp_path):
+    runs = []
+    for name in ("ddp", "zero1", "fsdp"):
+        results = {"world_size": 4, "nodes": 2, "parameters": 2**30}
+        runs.append(make_run(tmp_path / name, {"strategy": name, "batch_size": 64}, results))
+    rows = [
+        line
+        for line in report("--table", "strategies", *runs).splitlines()
+        if line.startswith("| ")
+    ][2:]
+    assert [row.split(" | ")[7] for row in rows] == ["16.0", "10.0", "4.00"]
+    assert "| ddp | 2x2 | bf16, packed, ddp, compiled | 16.0 |" in report(
+        "--table", "memory", *runs
+    )
+
+
+# Charts
+
+
+def test_charts_hold_only_what_mermaid_reads(tmp_path):
+    run = make_run(tmp_path / 'odd "name"; [1]')
+    for chart in ("runs", "ladder", "phases", "tokens"):
+        lines = report("--chart", chart, run).splitlines()
+        assert lines[0] == "```mermaid" and lines[-1] == "```"
+        for line in lines[1:-1]:
+            assert not re.search(r"\de[+-]|nan|None|;", line) and line.count('"') in (0, 2)
+    text = report("--chart", "tokens", run)
+    assert 'x-axis "step" 1 --> 60' in text and text.count("    line [6144.000, 6144") == 1
+
+
+# Traces
+
+
+def test_trace_of_a_cpu(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_trace(run, 0, cpu_step(5, 0) + cpu_step(6, 10))
+    write_trace(run, 1, cpu_step(5, 0) + cpu_step(6, 10))
+    text = report("--table", "trace", run)
+    assert shares(text) == [10.0, 67.5, 17.5, 15.0, 25.0]
+    assert "What the CPU did in 2 profiled steps" in text
+    assert (
+        "| `aten::mm` | 35.0 % | 3.50 | 3.50 |" in text
+        and "| `aten::linear` | 10.0 % | 1.00 | 1.00 |" in text
+    )
+    assert "c10d::allreduce_" not in text
+    assert "| 0 | 1.50 | ProfilerStep#5 | data | Python, no operator 1.50 ms |" in text.replace(
+        "\r", ""
+    )
+    assert "| run, rank 1 (trace) | 1.00 ms, 10.0 % | 3.00 ms, 30.0 %" in report(
+        "--table", "phases", run
+    )
+
+
+def test_trace_of_a_gpu(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_trace(run, 0, cuda_steps())
+    text = report("--table", "trace", run)
+    assert shares(text) == [8.0, 75.0, 12.5, 12.5, 25.0]
+    assert "| `aten::addmm` | 37.5 % | 3.00 |" in text and "`triton_red_fused_gelu_3`" in text
+    assert "Memcpy HtoD" in text and "ampere" not in text
+    assert "cudaStreamSynchronize 1.00 ms" in text and "after the steps" in text
+    assert "5.00 ms, 62.5 %" in report("--table", "phases", make_bare(run))
+
+
+def make_bare(run):
+    """The run without phases of its own, so that the trace's are shown."""
+    path = run / "timings.json"
+    path.write_text("{}")
+    return run
+
+
+def test_newest_trace_of_a_resumed_run(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_trace(run, 0, cpu_step(1, 0), stamp=999)
+    write_trace(run, 0, cpu_step(5, 0) + cpu_step(6, 10), stamp=1000)
+    assert "2 profiled steps" in report("--table", "trace", run)
+
+
+def test_trace_that_torch_writes(tmp_path):
+    torch = pytest.importorskip("torch")
+    from torch.profiler import (
+        ProfilerActivity,
+        profile,
+        record_function,
+        schedule,
+        tensorboard_trace_handler,
+    )
+
+    run = make_run(tmp_path / "run")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    write = tensorboard_trace_handler(str(run / "tensorboard"), "rank0", use_gzip=True)
+    plan = schedule(wait=0, warmup=1, active=3, repeat=1)
+    with profile(
+        activities=[ProfilerActivity.CPU], schedule=plan, on_trace_ready=write
+    ) as profiler:
+        for _ in range(4):
+            with record_function("data"):
+                x = torch.randn(256, 64)
+            with record_function("forward"):
+                loss = model(x).square().mean()
+            with record_function("backward"):
+                loss.backward()
+            with record_function("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad()
+            profiler.step()
+    text = report("--table", "trace", run)
+    milliseconds, computing, exposed, idle, communication = shares(text)
+    assert "3 profiled steps" in text and "`aten::addmm`" in text
+    assert 0 < computing <= 100 and exposed == communication == 0
+    assert abs(computing + idle - 100) < 0.2
+    own = [
+        float(v) for v in re.findall(r"^\| `.*` \| [\d.]+ % \| ([\d.]+) \|$", text, re.MULTILINE)
+    ]
+    assert len(own) == 10 and sum(own) <= milliseconds * computing / 100 + 0.01
+    make_bare(run)
+    phases = report("--table", "phases", run)
+    assert re.search(r"\| run \| data \| forward \| backward \| optimizer \|", phases)
+    assert "| run, rank 0 (trace) |" in phases
+
+
+# A measurement's own table
+
+
+def test_measured_table(tmp_path):
+    path = tmp_path / "bench.json"
+    one = {
+        "title": "Against the usual way",
+        "conditions": {"batch": 32, "precision": "fp32"},
+        "columns": ["what", "tokens/s", "ratio"],
+        "rows": [["plain | loop", 1234.5, 1.0], ["ours", 2500, None]],
+        "environment": {"device": ["CPU", "CPU"], "commit": "abc", "slurm_job_id": None},
+    }
+    path.write_text(json.dumps([one, one]))
+    text = report("--table", "bench", path)
+    assert text.count("**Against the usual way**") == 2
+    assert "*batch 32, precision fp32; device CPU; commit abc.*" in text
+    assert "| plain \\| loop | 1,234 | 1.00 |" in text and "| ours | 2,500 | not measured |" in text
+    path.write_text(json.dumps(one | {"rows": [[1, 2]]}))
+    assert "rows: each wants as many cells" in report("--table", "faults", path, code=2)
+    path.write_text("[3]")
+    assert 'wants {"title"' in report("--table", "growth", path, code=2)
+    assert "no such file" in report("--table", "seeds-paired", tmp_path / "none.json", code=2)
+
+
+# Bad input: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no results.json"),
+        ("checkpoint", "not finished (it holds checkpoint.pt)"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds a list, not an object"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ('{"f1": "high"}', "f1 is not a number"),
+        ('{"arguments": []}', "arguments is not an object"),
+    ],
+)
+def test_bad_runs(tmp_path, content, says):
+    if content == "checkpoint":
+        (tmp_path / "checkpoint.pt").write_bytes(b"")
+    elif content:
+        (tmp_path / "results.json").write_text(content)
+    text = report(tmp_path, code=2)
+    assert says in text and text.count("\n") == 1
+
+
+def test_bad_words(tmp_path):
+    assert "no such folder" in report(tmp_path / "none", code=2)
+    run = make_run(tmp_path / "run")
+    for words, says in (
+        ((), "required: RUN"),
+        (("--table", "laddr", run), "laddr is not one of"),
+        (("--table", "laddr", run), "perhaps ladder"),
+        (("--tabel", "ladder", run), "--tabel"),
+        (("--chart", "pie", run), "pie is not one of"),
+    ):
+        text = report(*words, code=2)
+        assert says in text and text.count("\n") == 1
+
+
+def test_bad_timings_and_traces(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_trace(run, 0, [])
+    assert "no ProfilerStep in it" in report(run, code=2)
+    [path] = (run / "tensorboard").iterdir()
+    write_trace(run, 0, cpu_step(1, 0) * 50)
+    path.write_bytes(path.read_bytes()[:500])
+    assert "cannot be read as a trace" in report(run, code=2)
+    path.write_bytes(b"not gzip")
+    text = report(run, code=2)
+    assert "cannot be read as a trace" in text and text.count("\n") == 1
+    (run / "timings.json").write_text('{"intervals": [3]}')
+    assert "an interval or a phase is not an object" in report(run, code=2)
+
+
+def test_patterns_and_folders_of_runs(tmp_path):
+    for n in (1, 2, 10):
+        make_run(tmp_path / "runs" / f"r{n}")
+    for words in ([tmp_path / "runs"], [tmp_path / "runs" / "r*"]):
+        rows = re.findall(r"^\| (r\d+) \|", report("--table", "memory", *words), re.MULTILINE)
+        assert rows == ["r1", "r2", "r10"]
+    shutil.copytree(tmp_path / "runs" / "r1", tmp_path / "other" / "r1")
+    assert "| other/r1 |" in report("--table", "runs", tmp_path / "runs" / "r1", tmp_path / "other")
