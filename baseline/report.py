@@ -81,23 +81,22 @@ def load_runs(names):
     for folder in find_runs(names):
         results, timings = read_json(folder / "results.json", dict), folder / "timings.json"
         timings = read_json(timings, dict) if timings.exists() else {}
-        kinds = {
-            "arguments": dict,
-            "environment": dict,
-            "phases": dict,
-            "intervals": list,
-            "tokens_per_step": list,
-        }
-        for field, kind in kinds.items():
-            place = results if field in ("arguments", "environment") else timings
-            if not isinstance(place.setdefault(field, kind()), kind):
-                fault(f"{folder}: {field} is not {'a list' if kind is list else 'an object'}")
+        fields = [(results, "arguments", {}), (results, "environment", {}), (timings, "phases", {})]
+        fields += [(timings, "intervals", []), (timings, "tokens_per_step", [])]
+        for place, field, empty in fields:
+            if not isinstance(place.setdefault(field, empty), type(empty)):
+                fault(f"{folder}: {field} is not {'an object' if empty == {} else 'a list'}")
         for entry in [*timings["intervals"], *timings["phases"].values()]:
             if not isinstance(entry, dict):
                 fault(f"{folder / 'timings.json'}: an interval or a phase is not an object")
-        checked = [field for field in RESULTS.values() if isinstance(field, str)]
-        for field in [*checked, "world_size", "nodes", "parameters", "train_features"]:
-            if results.get(field) is not None and not is_number(results[field]):
+        pairs = timings["tokens_per_step"]
+        if not all(isinstance(p, list) and len(p) == 2 and all(map(is_number, p)) for p in pairs):
+            fault(f"{folder / 'timings.json'}: tokens_per_step is not a list of [real, computed]")
+        numbers = [(results, field) for field in RESULTS.values() if isinstance(field, str)]
+        numbers += [(results, field) for field in ("world_size", "nodes", "train_features")]
+        numbers += [(results["arguments"], field) for field in ("batch_size", "accumulate")]
+        for place, field in numbers:
+            if place.get(field) is not None and not is_number(place[field]):
                 fault(f"{folder / 'results.json'}: {field} is not a number")
         runs.append({"folder": folder, "results": results, "timings": timings})
     names = collections.Counter(run["folder"].resolve().name for run in runs)
@@ -116,7 +115,8 @@ def get(run, field):
 
 
 def argument(run, name):
-    return run["results"]["arguments"].get(name)
+    value = run["results"]["arguments"].get(name)
+    return listed(value) if isinstance(value, (list, dict)) else value
 
 
 def environment(run, name):
@@ -147,24 +147,19 @@ def model(run):
 
 
 def data(run):
-    path = argument(run, "train_file")
-    parts = [
-        "sample.json"
-        if argument(run, "sample")
-        else str(path).split("/")[-1]
-        if path
-        else "SQuAD v1.1"
-    ]
-    parts += [f"first {argument(run, 'limit')}"] if argument(run, "limit") else []
-    parts += (
-        [f"{argument(run, 'max_length')} tokens a window"] if argument(run, "max_length") else []
-    )
-    return ", ".join(parts)
+    path = "sample.json" if argument(run, "sample") else argument(run, "train_file")
+    limit, length = argument(run, "limit"), argument(run, "max_length")
+    name = str(path or "SQuAD v1.1").split("/")[-1] + (f", first {limit}" if limit else "")
+    return name + (f", {length} tokens a window" if length else "")
 
 
 def commit(run):
     value = environment(run, "commit")
-    return f"{value[:10]}{' with changes' * bool(environment(run, 'dirty'))}" if value else MISSING
+    return (
+        f"{str(value)[:10]}{' with changes' * bool(environment(run, 'dirty'))}"
+        if value
+        else MISSING
+    )
 
 
 def settings(run):
@@ -173,14 +168,18 @@ def settings(run):
     return ", ".join(str(kind) for kind in kinds if kind) or MISSING
 
 
+def epochs(run):
+    each = get(run, "epoch_seconds")
+    each = list(filter(is_number, each)) if isinstance(each, list) else []
+    if len(each) > 4:
+        return f"{number(min(each))} to {number(max(each))}"
+    return ", ".join(map(number, each)) or None
+
+
 def paper(run):
     """The paper's figures where this run may stand beside them, else why not."""
-    # 88.5 k features at 384/128 are the whole of SQuAD v1.1
-    if (
-        argument(run, "sample")
-        or argument(run, "limit")
-        or (get(run, "train_features") or 0) < 85_000
-    ):
+    part = argument(run, "sample") or argument(run, "limit")
+    if part or (get(run, "train_features") or 0) < 85_000:  # the whole of it has 88.5 k at 384/128
         return f"not comparable: other data ({data(run)})"
     if "bert-base" not in str(argument(run, "model")).lower():
         return f"not comparable: another model ({model(run)})"
@@ -222,9 +221,9 @@ def listed(value):
         return ", ".join(f"{name} {listed(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(dict.fromkeys(map(listed, value)))
-    return (
-        "" if value is None else number(value) if isinstance(value, (bool, float)) else str(value)
-    )
+    if value is None:
+        return ""
+    return number(value) if isinstance(value, (bool, float)) else str(value)
 
 
 def cell(value):
@@ -247,47 +246,53 @@ def together(values):
 
 def conditions(runs, before):
     """The caption of a table: what the figures were measured on, and how often."""
-    parts = [together(map(device, runs)), together(argument(run, "precision") for run in runs)]
-    parts += ["batch " + together(argument(run, "batch_size") for run in runs)]
-    parts += [
+    dates = (get(run, "finished_at") or environment(run, "date") or MISSING for run in runs)
+    parts = [
+        together(map(device, runs)),
+        together(argument(run, "precision") or f"precision {MISSING}" for run in runs),
+        f"batch {together(argument(run, 'batch_size') for run in runs)}",
         together(map(model, runs)),
         together(map(data, runs)),
-        "commit " + together(map(commit, runs)),
+        f"commit {together(map(commit, runs))}",
+        together(str(date)[:10] for date in dates),
+        f"{len(runs)} run{'s' * (len(runs) > 1)}.",
     ]
-    parts += [
-        together(
-            str(get(run, "finished_at") or environment(run, "date") or MISSING)[:10] for run in runs
-        )
-    ]
-    return f"{before} {'; '.join(parts)}; {len(runs)} run{'s' * (len(runs) > 1)}."
+    return f"{before} {'; '.join(parts)}"
 
 
-def mermaid(*lines):
-    return "\n".join(["```mermaid", *lines, "```"])
+COLOURS = {  # those of the time line in TensorBoard
+    "data": "#999999",
+    "forward": "#4477aa",
+    "backward": "#ee6677",
+    "optimizer": "#228833",
+    "exposed_communication": "#aa3377",
+    "the rest": "#dddddd",
+}
+
+
+def mermaid(settings, *lines):
+    return "\n".join(["```mermaid", f"%%{{init: {json.dumps(settings)}}}%%", *lines, "```"])
 
 
 def label(text):  # mermaid has no escape for these
-    return re.sub(r'["\[\];`#<>:\n]', " ", str(text))
+    return re.sub(r'["\[\];`#<>\n]', " ", str(text))
 
 
 def xychart(title, labels, unit, *series):
     """labels: names, or the last step of an axis from 1. series: ("bar" or "line", values)."""
+    names = labels if isinstance(labels, int) else ", ".join(f'"{label(name)}"' for name in labels)
+    across = f'"step" 1 --> {names}' if isinstance(labels, int) else f"[{names}]"
     top = max(value for _, values in series for value in values) or 1
-    steps = isinstance(labels, int)
-    across = (
-        f'"step" 1 --> {labels}'
-        if steps
-        else f"[{', '.join(f'{chr(34)}{label(n)}{chr(34)}' for n in labels)}]"
+    digits = 0 if top >= 100 else 3
+    lines = [f'    title "{label(title)}"', f"    x-axis {across}"]
+    lines += [f'    y-axis "{unit}" 0 --> {top * 1.1:.{digits}f}']
+    for kind, values in series:
+        lines.append(f"    {kind} [{', '.join(f'{value:.{digits}f}' for value in values)}]")
+    palette = {"plotColorPalette": "#4477aa, #ee6677"}
+    size = {"width": 900, "height": 400}
+    return mermaid(
+        {"xyChart": size, "themeVariables": {"xyChart": palette}}, "xychart-beta", *lines
     )
-    lines = [
-        f'    title "{label(title)}"',
-        f"    x-axis {across}",
-        f'    y-axis "{unit}" 0 --> {top * 1.1:.3f}',
-    ]
-    lines += [
-        f"    {kind} [{', '.join(f'{value:.3f}' for value in values)}]" for kind, values in series
-    ]
-    return mermaid("xychart-beta", *lines)
 
 
 # 3. Comparing like with like
@@ -295,42 +300,31 @@ def xychart(title, labels, unit, *series):
 
 def differences(run, other):
     """What forbids a speed-up between two runs, and what was changed on purpose."""
-    batch = [argument(one, "batch_size") for one in (other, run)]
-    features = [get(one, "train_features") for one in (other, run)]
-    pairs = [
-        ("batch", *batch),
-        ("model", model(other), model(run)),
-        ("data", data(other), data(run)),
-    ]
-    pairs += [("device", device(other), device(run)), ("features", *features)]
-    forbids = [f"{name} {a} → {b}" for name, a, b in pairs if a != b]
-    pairs = [("nodes x ranks", shape(other), shape(run))]
-    for name in (
-        "precision",
-        "fused",
-        "batching",
-        "compile",
-        "accumulate",
-        "strategy",
-        "gradients",
-        "dropout",
-    ):
-        pairs.append((name, argument(other, name), argument(run, name)))
-    words = {None: "none", True: "on", False: "off"}
-    return forbids, [
-        f"{name} {words.get(a, a)} → {words.get(b, b)}" for name, a, b in pairs if a != b
-    ]
+
+    def unlike(*fields):
+        words = {None: "none", True: "on", False: "off"}
+        pairs = ((name, of(other), of(run)) for name, of in fields)
+        return [f"{n} {words.get(a, a)} → {words.get(b, b)}" for n, a, b in pairs if a != b]
+
+    forbids = [("batch", RESULTS["batch"]), ("model", model), ("data", data), ("device", device)]
+    forbids += [("features", lambda one: get(one, "train_features"))]
+    names = ["precision", "fused", "batching", "compile", "accumulate", "strategy", "gradients"]
+    changed = [(name, lambda one, name=name: argument(one, name)) for name in [*names, "dropout"]]
+    return unlike(*forbids), unlike(("nodes x ranks", shape), *changed)
+
+
+def steady(run, field):
+    """One field of the intervals that count for the headline."""
+    found = [i for i in run["timings"]["intervals"] if i.get("steady")]
+    return [i[field] for i in found if is_number(i.get(field)) and is_number(i.get("seconds"))]
 
 
 def windows(run):
     """Tokens/s in three windows of the steady intervals; the run's own figure where there are few."""
-    steady = [
-        (i.get("tokens"), i.get("seconds")) for i in run["timings"]["intervals"] if i.get("steady")
-    ]
-    steady = np.array([pair for pair in steady if all(map(is_number, pair))])
-    if len(steady) < 3:
+    pairs = np.array(list(zip(steady(run, "tokens"), steady(run, "seconds"))))
+    if len(pairs) < 3:
         return [get(run, "tokens_per_second")] if is_number(get(run, "tokens_per_second")) else []
-    sums = [part.sum(axis=0) for part in np.array_split(steady, 3)]
+    sums = [part.sum(axis=0) for part in np.array_split(pairs, 3)]
     return [float(tokens / seconds) for tokens, seconds in sums if seconds > 0]
 
 
@@ -358,7 +352,7 @@ RESULTS = {
     "preparing s": "prepare_seconds",
     "evaluating s": "evaluate_seconds",
     "in all s": "total_seconds",
-    "each epoch s": lambda run: listed(get(run, "epoch_seconds")) or None,
+    "each epoch s": epochs,
     "features cached": lambda run: get(run, "features_cached"),
     "resumed from": lambda run: listed(get(run, "resumed_from_steps")) or "-",
     "tokens/s": "tokens_per_second",
@@ -407,11 +401,8 @@ def seeds_table(runs):
         key = {**kept, "device": device(run), "nodes x ranks": shape(run)}
         groups[json.dumps(key, sort_keys=True)].append(run)
     keys = [json.loads(key) for key in groups]
-    differ = [
-        n
-        for n in dict.fromkeys(itertools.chain(*keys))
-        if any(k.get(n) != keys[0].get(n) for k in keys)
-    ]
+    names = dict.fromkeys(itertools.chain(*keys))
+    differ = [name for name in names if any(key.get(name) != keys[0].get(name) for key in keys)]
     rows = []
     for key, group in zip(keys, groups.values()):
         row = {"group": ", ".join(f"{n} {key.get(n)}" for n in differ) or "all of one kind"}
@@ -532,10 +523,8 @@ def strategies_table(runs):
         states = formula.get(strategy, lambda n: 16)(ranks(run)) * (count or 0) / 2**30
         row = {"strategy": strategy}
         row |= {name: shown(run, name) for name in ("run", "nodes x ranks", "epoch s", "tokens/s")}
-        row |= {
-            "over the first": speed_up(run, runs[0]),
-            "exposed communication": percent(exposed(run)),
-        }
+        row |= {"over the first": speed_up(run, runs[0])}
+        row |= {"exposed communication": percent(exposed(run))}
         row |= {"states by formula, GiB a rank": states or None}
         rows.append(row | {name: shown(run, name) for name in ("peak GiB a rank", "F1")})
     before = """States: weights, gradients and Adam's moments in fp32, computed, not measured; the peak
@@ -552,31 +541,47 @@ def speed_up_table(runs):
     return table(conditions(runs, "By real tokens/s in the steady state."), rows)
 
 
+def step_seconds(run):
+    steps = [0, *(i.get("step") for i in run["timings"]["intervals"])]
+    counts = [b - a for a, b in itertools.pairwise(steps) if is_number(a) and is_number(b)]
+    kept = [n for n, i in zip(counts, run["timings"]["intervals"]) if i.get("steady")]
+    return sum(steady(run, "seconds")) / sum(kept) if sum(kept) else None
+
+
 def phase_rows(runs):
     """(run or rank, {phase: (seconds a step, share)}): the run's own, then each rank's by its trace."""
     for run in runs:
-        own, traces = run["timings"]["phases"], read_traces(run)
-        steps = get(run, "steps") or math.nan
+        own, traces, seconds = run["timings"]["phases"], read_traces(run), step_seconds(run)
+        shares = {name: own[name].get("share") for name in PHASES if name in own}
         if own:
-            seconds = {name: phase.get("seconds") for name, phase in own.items()}
-            seconds = {name: s / steps if is_number(s) else None for name, s in seconds.items()}
-            yield run["name"], {name: (s, own[name].get("share")) for name, s in seconds.items()}
+            pairs = {
+                n: (seconds * s if seconds and is_number(s) else None, s) for n, s in shares.items()
+            }
+            yield run["name"], pairs
         for rank, trace in traces.items() if len(traces) > 1 or not own else ():
             yield f"{run['name']}, rank {rank} (trace)", trace["phases"]
 
 
 def phases_table(runs):
-    found, rows = list(phase_rows(runs)), []
-    names = [name for name in PHASES if any(name in phases for _, phases in found)]
-    names += sorted({name for _, phases in found for name in phases}.difference(names))
+    found, rows, beside = list(phase_rows(runs)), [], []
     for run, phases in found:
         row = {"run": run}
-        for name in names:
+        for name in (name for name in PHASES if any(name in one for _, one in found)):
             seconds, share = phases.get(name, (None, None))
             text = f"{number(1000 * seconds)} ms, " if is_number(seconds) else ""
             row[name.replace("_", " ")] = text + percent(share) if is_number(share) else MISSING
         rows.append(row)
-    return table(conditions(runs, "Milliseconds a step, and the share of the steps' time."), rows)
+    for run in runs:
+        others = {n: p for n, p in run["timings"]["phases"].items() if n not in PHASES}
+        times = [
+            f"{n} {number(p.get('seconds'))} s ({percent(p.get('share'))})"
+            for n, p in others.items()
+        ]
+        beside += [f"Beside the steps of {run['name']}: {', '.join(times)}."] if times else []
+    before = (
+        "Milliseconds a step in the steady state (by trace: with the profiler on), and the share."
+    )
+    return "\n\n".join([table(conditions(runs, before), rows), *beside])
 
 
 def environment_table(runs):
@@ -665,21 +670,17 @@ HANDING_OVER = re.compile(r"_?c10d")  # the host's side of it, which computes no
 def read_trace(path):
     """What one rank did in its profiled steps: shares, self times a step, phases, largest gaps."""
     names, computes, annotations, steps = {}, set(), set(), []
-    kernels, launched, operators, talk, ranges, device_ranges = (array("d") for _ in range(6))
+    kernels, launched, operators, talk, ranges = (array("d") for _ in range(5))
     threads = collections.defaultdict(lambda: array("d"))
     for event in events(path):
         kind, name, start, length = (event.get(key) for key in ("cat", "name", "ts", "dur"))
         key = names.setdefault(name, len(names))
-        span, link = (
-            (float(start), float(length), key),
-            event.get("args", {}).get("External id", -1),
-        )
+        span = (float(start), float(length), key)
+        link = event.get("args", {}).get("External id", -1)
         if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             talks = COMMUNICATION.match(name)
             (talk if talks else kernels).extend(span)
             launched.extend(() if talks else (link, key))
-        elif kind == "gpu_user_annotation" and name in PHASES:
-            device_ranges.extend(span)
         elif kind == "user_annotation" and name.startswith("ProfilerStep#"):
             steps.append((span[0], span[0] + span[1], name))
         elif kind == "user_annotation" and COMMUNICATION.match(name):
@@ -687,7 +688,7 @@ def read_trace(path):
         elif kind in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
             threads[event.get("tid")].extend(span)
             if kind == "cpu_op":
-                operators.extend((link, key))
+                operators.extend((link, key, span[0]))
                 computes |= set() if HANDING_OVER.match(name) else {key}
             elif kind == "user_annotation":
                 annotations.add(key)
@@ -697,59 +698,62 @@ def read_trace(path):
     names, steps = list(names), sorted(steps)
     host = [self_spans(*spans(flat)) for flat in threads.values()]
     begin, end = steps[0][0], steps[-1][1]
+    phases = np.zeros(len(PHASES))  # microseconds
+    starts, ends, keys = ranges = spans(ranges)
     if kernels:  # the host runs ahead of the device, whose steps are its first to its last kernel
-        work = [by_operator(names, kernels, launched, operators)]
-        work = [tuple(column[work[0][0] >= begin] for column in work[0])]
+        *rows, launches = by_operator(names, kernels, launched, operators)
+        kept = rows[0] >= begin
+        work = [tuple(column[kept] for column in rows)]
         begin, end = work[0][0].min(), work[0][1].max()
+        for start, stop, key in zip(
+            starts, ends, keys
+        ):  # a kernel is of the phase that launched it
+            inside = kept & (launches >= start) & (launches < stop)
+            phases[PHASES.index(names[key])] += (rows[1] - rows[0])[inside].sum()
     else:
-        work = [
-            tuple(c[np.isin(keys, list(computes))] for c in (s, e, keys)) for s, e, keys in host
-        ]
+        counts = np.isin(np.arange(len(names)), list(computes))
+        work = [tuple(column[counts[rows[2]]] for column in rows) for rows in host]
+        for start, stop, key in zip(starts, ends, keys):
+            phases[PHASES.index(names[key])] += stop - start
     busy = union(*(np.concatenate(column) for column in list(zip(*work))[:2]))
     talking = union(*spans(talk)[:2])
     either = union(*np.concatenate([busy, talking]).T)
+    computing, occupied, communication = (
+        float(within(*rows.T, begin, end).sum() / (end - begin)) for rows in (busy, either, talking)
+    )
     spent = np.zeros(len(names))
     for starts, ends, keys in work:
         spent += np.bincount(keys, within(starts, ends, begin, end), len(names))
-    microseconds = [within(*rows.T, begin, end).sum() for rows in (busy, either, talking)]
-    shares = [float(one / (end - begin)) for one in microseconds]
-    phases = collections.Counter()
-    for start, stop, key in zip(*spans(device_ranges or ranges)):
-        phases[names[key]] += (stop - start) / 1e6 / len(steps)
-    seconds = (end - begin) / 1e6 / len(steps)
+    seconds, a_step = (end - begin) / 1e6 / len(steps), 1e-6 / len(steps)
     edges = np.r_[begin, np.clip(either, begin, end).ravel(), end].reshape(-1, 2)
-    gaps = sorted(edges.tolist(), key=lambda gap: gap[0] - gap[1])[:5]
+    gaps = sorted(
+        (gap for gap in edges.tolist() if gap[0] < gap[1]), key=lambda gap: gap[0] - gap[1]
+    )
     return {
         "place": "device" if kernels else "CPU",
         "steps": len(steps),
         "seconds": seconds,
-        "computing": shares[0],
-        "exposed communication": shares[1] - shares[0],
-        "idle": 1 - shares[1],
-        "communication": shares[2],
-        "phases": {name: (one, one / seconds) for name, one in phases.items()},
-        "operators": {names[k]: spent[k] / 1e6 / len(steps) for k in np.flatnonzero(spent)},
-        "gaps": [
-            meanwhile(*gap, steps, spans(ranges), host, names, annotations)
-            for gap in gaps
-            if gap[0] < gap[1]
-        ],
+        "computing": computing,
+        "exposed communication": occupied - computing,
+        "idle": 1 - occupied,
+        "communication": communication,
+        "phases": {n: (v * a_step, v * a_step / seconds) for n, v in zip(PHASES, phases) if v},
+        "operators": {names[k]: spent[k] * a_step for k in np.flatnonzero(spent)},
+        "gaps": [meanwhile(*gap, steps, ranges, host, names, annotations) for gap in gaps[:5]],
     }
 
 
 def by_operator(names, kernels, launched, operators):
-    """Kernels as spans named by the operator that launched them; compiled ones keep their name."""
-    links, keys = np.frombuffer(operators).reshape(-1, 2).T if operators else np.empty((2, 0))
-    order = np.argsort(links, kind="stable")
-    wanted, own = np.frombuffer(launched).reshape(-1, 2).T
-    place = np.minimum(np.searchsorted(links[order], wanted), max(len(links) - 1, 0))
-    found = (
-        (links[order][place] == wanted) & (wanted >= 0) if len(links) else np.zeros(len(own), bool)
-    )
-    found &= ~np.isin(own, [key for key, name in enumerate(names) if name.startswith("triton")])
-    named = np.frombuffer(kernels).reshape(-1, 3).copy()
-    named[:, 2] = np.where(found, keys[order][place], own) if len(links) else own
-    return spans(array("d", named.tobytes()))
+    """Kernels by the operator that launched them (compiled ones by their own name), and when."""
+    operators = np.frombuffer(operators).reshape(-1, 3) if operators else np.full((1, 3), np.nan)
+    operators = operators[np.argsort(operators[:, 0], kind="stable")]
+    links, own = np.frombuffer(launched).reshape(-1, 2).T
+    place = np.minimum(np.searchsorted(operators[:, 0], links), len(operators) - 1)
+    found = (operators[place, 0] == links) & (links >= 0)
+    compiled = np.array([name.startswith("triton") for name in names])[own.astype(int)]
+    rows = np.frombuffer(kernels).reshape(-1, 3)
+    keys = np.where(found & ~compiled, operators[place, 1], own).astype(int)
+    return rows[:, 0], rows[:, 0] + rows[:, 1], keys, np.where(found, operators[place, 2], np.nan)
 
 
 def meanwhile(begin, end, steps, ranges, host, names, annotations):
@@ -763,11 +767,8 @@ def meanwhile(begin, end, steps, ranges, host, names, annotations):
         for key, one in zip(keys[inside], within(starts[inside], ends[inside], begin, end)):
             did[idle if key in annotations else names[key]] += one
     did[idle] += max(0, end - begin - did.total())
-    most = [
-        f"{name} {number(one / 1000)} ms"
-        for name, one in did.most_common(2)
-        if one > (end - begin) / 10
-    ]
+    most = [(name, one) for name, one in did.most_common(2) if one > (end - begin) / 10]
+    most = [f"{name} {number(one / 1000)} ms" for name, one in most]
     [(phase, inside)] = phase.most_common(1) or [("", 0)]
     phase = phase if inside else "between phases"
     gap = {"ms": (end - begin) / 1000, "step": step, "phase": phase}
@@ -803,27 +804,23 @@ def trace_table(runs):
         rows, gaps, total = [], [], collections.Counter()
         for rank, trace in traces.items():
             row = {"rank": str(rank), "ms a step": 1000 * trace["seconds"]}
-            row |= {
-                name: percent(trace[name])
-                for name in ("computing", "exposed communication", "idle")
-            }
+            for name in ("computing", "exposed communication", "idle"):
+                row[name] = percent(trace[name])
             rows.append(row | {"communication in all": percent(trace["communication"])})
-            gaps += [
-                {"rank": str(rank)} | gap for gap in trace["gaps"][: 5 if len(traces) == 1 else 2]
-            ]
+            kept = 5 if len(traces) == 1 else 2
+            gaps += [{"rank": str(rank)} | gap for gap in trace["gaps"][:kept]]
             total.update(trace["operators"])
         parts.append(table(conditions([run], f"What the {first['place']} did {where}"), rows))
         rows = []
         for name, all_ranks in total.most_common(10):
-            row = {"operator": f"`{name[:60]}`", "share of the step": percent(all_ranks / seconds)}
+            short = name.removeprefix("autograd::engine::evaluate_function: ")[:60]
+            row = {"operator": f"`{short}`", "share of the step": percent(all_ranks / seconds)}
             times = {f"rank {r}, ms": 1000 * t["operators"].get(name, 0) for r, t in traces.items()}
             if len(times) > 4:
                 ms = list(times.values())
                 times = {"least, ms": min(ms), "mean, ms": statistics.mean(ms), "most, ms": max(ms)}
             rows.append(row | times)
-        before = (
-            f"The ten operators with the most self time on the {first['place']}, a step, {where}"
-        )
+        before = f"The ten operators of most self time on the {first['place']}, a step, {where}"
         parts.append(table(conditions([run], before), rows))
         before = f"The largest gaps, with neither computing nor communication, {where}"
         parts.append(table(conditions([run], before), gaps))
@@ -834,23 +831,19 @@ def trace_table(runs):
 
 
 def speed_chart(runs, title="Real tokens a second"):
-    speeds = [(run["name"], speed(run)) for run in runs if speed(run)]
-    return (
-        xychart(title, [n for n, _ in speeds], "tokens/s", ("bar", [s for _, s in speeds]))
-        if speeds
-        else MISSING
-    )
+    speeds = {run["name"]: speed(run) for run in runs if speed(run)}
+    if not speeds:
+        return f"{title}: {MISSING}."
+    return xychart(title, list(speeds), "tokens/s", ("bar", list(speeds.values())))
 
 
 def scaling_chart(runs):
     groups, charts = scaling_groups(runs), []
     for rule in ("strong", "growing"):
-        points = [
-            (key[1], mean_speed(g), single(groups, rule, g[0]), ranks(g[0]))
-            for key, g in groups.items()
-            if key[0] == rule
-        ]
-        points = [(grid, ours, base * n) for grid, ours, base, n in points if ours and base]
+        points = []
+        for (_, grid), group in ((key, group) for key, group in groups.items() if key[0] == rule):
+            ours, base = mean_speed(group), single(groups, rule, group[0])
+            points += [(grid, ours, base * ranks(group[0]))] if ours and base else []
         if points:
             grids, ours, ideal = zip(*points)
             title = f"{rule}: tokens a second (bars), and 1x1's times the ranks (line)"
@@ -861,19 +854,13 @@ def scaling_chart(runs):
 def phases_chart(runs):
     charts = []
     for name, phases in phase_rows(runs):
-        slices = {
-            phase: 100 * share
-            for phase, (_, share) in phases.items()
-            if is_number(share) and share > 0
-        }
-        lines = [
-            f'    "{label(phase.replace("_", " "))}" : {max(share, 0.01):.2f}'
-            for phase, share in slices.items()
-        ]
-        if lines:
-            charts.append(
-                mermaid("pie showData", f"    title {label(name)}, percent of a step", *lines)
-            )
+        slices = {phase: s for phase, (_, s) in phases.items() if is_number(s) and s > 0}
+        if slices:
+            slices["the rest"] = max(1 - sum(slices.values()), 1e-4)  # mermaid takes no zero
+            lines = [f'    "{n.replace("_", " ")}" : {100 * s:.2f}' for n, s in slices.items()]
+            colours = {f"pie{n}": COLOURS[name] for n, name in enumerate(slices, 1)}
+            title = f"    title {label(name)}: percent of a step"
+            charts.append(mermaid({"themeVariables": colours}, "pie showData", title, *lines))
     return "\n\n".join(charts) or f"Phases: {MISSING}."
 
 
@@ -881,14 +868,9 @@ def tokens_chart(runs):
     charts = []
     for run in runs:
         pairs = run["timings"]["tokens_per_step"][:60]
-        pairs = [
-            pair
-            for pair in pairs
-            if isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair))
-        ]
         if len(pairs) > 1:
             real, computed = zip(*pairs)
-            title = f"{run['name']}: tokens a step, computed (upper line) and real (lower)"
+            title = f"{run['name']}: tokens a step, computed (blue) and real (red)"
             charts.append(xychart(title, len(pairs), "tokens", ("line", computed), ("line", real)))
     return "\n\n".join(charts) or f"Tokens a step: {MISSING}."
 
@@ -902,25 +884,18 @@ def measured_table(name):
         fault(f"{path}: no such file; give the JSON that the measuring script wrote")
     found = read_json(path, (dict, list))
     for one in found if isinstance(found, list) else [found]:
-        columns, rows = (
-            one.get(key) if isinstance(one, dict) else None for key in ("columns", "rows")
-        )
+        one = one if isinstance(one, dict) else {}
+        columns, rows, where = one.get("columns"), one.get("rows"), one.get("environment")
         if not isinstance(columns, list) or not isinstance(rows, list):
             fault(f'{path}: wants {{"title", "conditions", "columns": [...], "rows": [[...]]}}')
-        columns = list(map(cell, columns))
         if any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
             fault(f"{path}: rows: each wants as many cells as columns has, {len(columns)}")
-        where = one.get("environment") or {}
         where = where if isinstance(where, dict) else {"environment": where}
-        caption = [
-            listed(one.get("conditions")),
-            *(f"{k.replace('_', ' ')} {listed(v)}" for k, v in where.items() if v is not None),
-        ]
-        caption = "; ".join(filter(None, caption)) or f"conditions {MISSING}"
-        parts += [
-            f"**{cell(one.get('title') or path.stem)}**",
-            table(caption + ".", [dict(zip(columns, row)) for row in rows]),
-        ]
+        where = [f"{k.replace('_', ' ')} {listed(v)}" for k, v in where.items() if v is not None]
+        caption = "; ".join(filter(None, [listed(one.get("conditions")), *where]))
+        rows = [dict(zip(map(cell, columns), row)) for row in rows]
+        parts += [f"**{cell(one.get('title') or path.stem)}**"]
+        parts += [table(caption + "." if caption else f"Conditions {MISSING}.", rows)]
     return "\n\n".join(parts)
 
 
@@ -944,8 +919,8 @@ def report(runs):
         for title in (title for title, fits in kinds.items() if fits):
             parts += [f"## {title.capitalize()}", TABLES[title](runs)]
             parts += [CHARTS.get(title, speed_chart)(runs)]
-    parts += ["## Phases", phases_table(runs), phases_chart(runs)]
-    traced = [run for run in runs if read_traces(run)]
+    parts += ["## Phases", phases_table(runs), *([phases_chart(runs)] if len(runs) < 3 else [])]
+    traced = [run for run in runs if read_traces(run)] if len(runs) < 5 else []
     return "\n\n".join(parts + (["## Traces", trace_table(traced)] if traced else []))
 
 
@@ -992,9 +967,8 @@ MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured"]
 def one_of(choices):
     def check(name):
         if name not in choices:
-            near = "".join(
-                f", perhaps {near}" for near in difflib.get_close_matches(name, choices, 1)
-            )
+            near = difflib.get_close_matches(name, choices, 1)
+            near = f", perhaps {near[0]}" if near else ""
             raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(choices)}{near}")
         return name
 
