@@ -125,7 +125,7 @@ _env_make() (  # a subshell, for its trap
     fi
     grep -v '^torch==' "$_env_root/requirements.txt" >"$VENV/requirements.txt"
     if ! { [ "${#torch[@]}" = 0 ] || _env_pip ${index:+--index-url "$index"} "${torch[@]}"; } || ! _env_pip -r "$VENV/requirements.txt"; then
-        _env_say "pip failed; the reason is at the end of $VENV/pip.log"
+        _env_say "pip failed: $(grep -m 1 '^ERROR' "$VENV/pip.log" | cut -c 1-200) (all in $VENV/pip.log; where nodes have no internet, run baseline/prepare.sh on the login node)"
         exit 1
     fi
     printf '%s\n' "$_env_sum" "$_env_index" "${TORCH_VERSION:-}" >"$VENV/$_env_stamp"

@@ -24,10 +24,11 @@ rm -f "$job_folder"/*  # an earlier life's
 export REQUEUE_MARKER=$job_folder/requeue EXIT_CODE_FILE=$job_folder/exit-code PYTHONUNBUFFERED=1
 
 # job_wait PID...: waits for them and returns the first exit code that is not 0. The script has a function `tell SIGNAL`.
+stopped=''  # or the signal that came
 job_wait() {
-    local pid one code=0 stop=''
-    trap 'stop=USR1; tell USR1 || true' USR1       # from SLURM: the time is nearly up
-    trap 'stop=TERM; tell TERM || true' TERM INT   # from a person: scancel, Ctrl-C
+    local pid one code=0
+    trap 'stopped=USR1; tell USR1 || true' USR1       # from SLURM: the time is nearly up
+    trap 'stopped=TERM; tell TERM || true' TERM INT   # from a person: scancel, Ctrl-C
     for pid in "$@"; do
         while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done  # a signal ends a wait: wait again
         one=0
@@ -35,8 +36,9 @@ job_wait() {
         [ "$code" != 0 ] || code=$one
     done
     if [ "$code" = 0 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
-    if [ -e "$REQUEUE_MARKER" ] && [ "$stop" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+    if [ -e "$REQUEUE_MARKER" ] && [ "$stopped" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
         rm -rf "$job_folder"
+        trap '' USR1 TERM  # requeueing ends this script
         echo "$name: saved before the time was up; job $SLURM_JOB_ID goes back to the queue and goes on from there"
         scontrol requeue "$SLURM_JOB_ID" || say "it cannot: the same command, with this run's --output, goes on from the checkpoint"
     fi
