@@ -571,10 +571,9 @@ def test_bad_words(tmp_path):
     run = make_run(tmp_path / "run")
     for words, says in (
         ((), "required: RUN"),
-        (("--table", "laddr", run), "laddr is not one of"),
-        (("--table", "laddr", run), "perhaps ladder"),
+        (("--table", "laddr", run), "invalid choice: 'laddr' (choose from"),
         (("--tabel", "ladder", run), "--tabel"),
-        (("--chart", "pie", run), "pie is not one of"),
+        (("--chart", "pie", run), "invalid choice: 'pie'"),
     ):
         text = report(*words, code=2)
         assert says in text and text.count("\n") == 1
@@ -637,5 +636,8 @@ def test_patterns_and_folders_of_runs(tmp_path):
     for words in ([tmp_path / "runs"], [tmp_path / "runs" / "r*"]):
         rows = re.findall(r"^\| (r\d+) \|", report("--table", "memory", *words), re.MULTILINE)
         assert rows == ["r1", "r2", "r10"]
+    (tmp_path / "runs" / "r3").mkdir()
+    (tmp_path / "runs" / "r3" / "checkpoint.pt").touch()
+    assert "r3" not in report("--table", "memory", tmp_path / "runs")
     shutil.copytree(tmp_path / "runs" / "r1", tmp_path / "other" / "r1")
     assert "| other/r1 |" in report("--table", "runs", tmp_path / "runs" / "r1", tmp_path / "other")
