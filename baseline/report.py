@@ -5,6 +5,8 @@
     python baseline/report.py --chart scaling RUN...        one chart, in mermaid, which GitHub draws
     python baseline/report.py --table bench FILE.json...    a measurement's own table
 
+train.py itself asks for --environment, and for --finish at a run's end.
+
 A RUN is a folder that train.py left (results.json, beside it timings.json and tensorboard/), a
 folder of such folders, or a pattern in quotes. What is absent prints as "not measured", and a
 speed-up stands only between runs of the same batch, model, data and device.
@@ -12,14 +14,19 @@ speed-up stands only between runs of the same batch, model, data and device.
 
 import argparse
 import collections
+import datetime
 import glob
 import gzip
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
+import shlex
+import socket
 import statistics
+import subprocess
 import sys
 import zlib
 from array import array
@@ -77,33 +84,36 @@ def find_runs(names):
     return list(dict.fromkeys(folders))
 
 
+def load_run(folder, results):
+    """Checks what a run left, as far as the tables count on its form."""
+    timings = folder / "timings.json"
+    timings = read_json(timings, dict) if timings.exists() else {}
+    fields = [(results, "arguments", {}), (results, "environment", {}), (timings, "phases", {})]
+    fields += [(timings, "intervals", []), (timings, "tokens_per_step", [])]
+    for place, field, empty in fields:
+        if not isinstance(place.setdefault(field, empty), type(empty)):
+            fault(f"{folder}: {field} is not {'an object' if empty == {} else 'a list'}")
+    for entry in [*timings["intervals"], *timings["phases"].values()]:
+        if not isinstance(entry, dict):
+            fault(f"{folder / 'timings.json'}: an interval or a phase is not an object")
+    pairs = timings["tokens_per_step"]
+    if not all(isinstance(p, list) and len(p) == 2 and all(map(is_number, p)) for p in pairs):
+        fault(f"{folder / 'timings.json'}: tokens_per_step is not a list of [real, computed]")
+    numbers = [(results, field) for field in RESULTS.values() if isinstance(field, str)]
+    numbers += [(results, field) for field in ("world_size", "nodes", "train_features")]
+    numbers += [(results["arguments"], field) for field in ("batch_size", "accumulate")]
+    for place, field in numbers:
+        if place.get(field) is not None and not is_number(place[field]):
+            fault(f"{folder / 'results.json'}: {field} is not a number")
+    return {"folder": folder, "name": folder.resolve().name, "results": results, "timings": timings}
+
+
 def load_runs(names):
-    runs = []
-    for folder in find_runs(names):
-        results, timings = read_json(folder / "results.json", dict), folder / "timings.json"
-        timings = read_json(timings, dict) if timings.exists() else {}
-        fields = [(results, "arguments", {}), (results, "environment", {}), (timings, "phases", {})]
-        fields += [(timings, "intervals", []), (timings, "tokens_per_step", [])]
-        for place, field, empty in fields:
-            if not isinstance(place.setdefault(field, empty), type(empty)):
-                fault(f"{folder}: {field} is not {'an object' if empty == {} else 'a list'}")
-        for entry in [*timings["intervals"], *timings["phases"].values()]:
-            if not isinstance(entry, dict):
-                fault(f"{folder / 'timings.json'}: an interval or a phase is not an object")
-        pairs = timings["tokens_per_step"]
-        if not all(isinstance(p, list) and len(p) == 2 and all(map(is_number, p)) for p in pairs):
-            fault(f"{folder / 'timings.json'}: tokens_per_step is not a list of [real, computed]")
-        numbers = [(results, field) for field in RESULTS.values() if isinstance(field, str)]
-        numbers += [(results, field) for field in ("world_size", "nodes", "train_features")]
-        numbers += [(results["arguments"], field) for field in ("batch_size", "accumulate")]
-        for place, field in numbers:
-            if place.get(field) is not None and not is_number(place[field]):
-                fault(f"{folder / 'results.json'}: {field} is not a number")
-        runs.append({"folder": folder, "results": results, "timings": timings})
-    names = collections.Counter(run["folder"].resolve().name for run in runs)
+    runs = [load_run(one, read_json(one / "results.json", dict)) for one in find_runs(names)]
+    count = collections.Counter(run["name"] for run in runs)
     for run in runs:  # two folders of one name: their parents tell them apart
-        parts = run["folder"].resolve().parts
-        run["name"] = "/".join(parts[-2:] if names[parts[-1]] > 1 else parts[-1:])
+        if count[run["name"]] > 1:
+            run["name"] = "/".join(run["folder"].resolve().parts[-2:])
     return runs
 
 
@@ -585,9 +595,15 @@ def phases_table(runs):
     return "\n\n".join([table(conditions(runs, before), rows), *beside])
 
 
+def command(run):
+    words = get(run, "command")
+    words = shlex.join(map(str, words)) if isinstance(words, list) else words
+    return f"`{words}`" if words else None
+
+
 def environment_table(runs):
     fields = {"finished": [get(run, "finished_at") for run in runs]}
-    fields["command"] = [f"`{c}`" if (c := get(run, "command")) else None for run in runs]
+    fields["command"] = [command(run) for run in runs]
     for key in dict.fromkeys(itertools.chain(*(run["results"]["environment"] for run in runs))):
         fields[key.replace("_", " ")] = [listed(environment(run, key)) or "-" for run in runs]
     names = [run["name"] for run in runs]
@@ -776,14 +792,19 @@ def meanwhile(begin, end, steps, ranges, host, names, annotations):
     return gap | {"what the host did in it": ", ".join(most)}
 
 
+def newest_traces(run):
+    """{rank: file}; of several lives of a run the last one's."""
+    newest = {}
+    for path in sorted((run["folder"] / "tensorboard").glob("*.pt.trace.json.gz"), key=natural):
+        named = re.search(r"rank(\d+)", path.name)
+        newest[int(named[1]) if named else 0] = path
+    return dict(sorted(newest.items()))
+
+
 def read_traces(run):
-    """{rank: trace}; of several lives of a run the last one's."""
     if "traces" not in run:
-        newest, run["traces"] = {}, {}
-        for path in sorted((run["folder"] / "tensorboard").glob("*.pt.trace.json.gz"), key=natural):
-            named = re.search(r"rank(\d+)", path.name)
-            newest[int(named[1]) if named else 0] = path
-        for rank, path in sorted(newest.items()):
+        run["traces"] = {}
+        for rank, path in newest_traces(run).items():
             if path.stat().st_size > 5e6:
                 print(f"reading {path.name}, {path.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
             try:
@@ -925,6 +946,138 @@ def report(runs):
     return "\n\n".join(parts + (["## Traces", trace_table(traced)] if traced else []))
 
 
+# 9. For train.py: the machine at a run's start; the block and TensorBoard's pages at its end
+
+
+def told_by(*command):
+    try:
+        here = pathlib.Path(__file__).parent
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=20, cwd=here
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def machine():
+    """What a reader must know of the machine to trust a run's figures."""
+    node, local = os.environ.get("SLURMD_NODENAME"), int(os.environ.get("LOCAL_RANK") or 0)
+    cpu = pathlib.Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
+    fields = ["name", "driver_version", "power.limit", "clocks.sm", "clocks.mem"]
+    fields += ["temperature.gpu", "clocks_throttle_reasons.active"]
+    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    which = visible[local] if local < len(visible) else str(local)
+    gpu = told_by(
+        "nvidia-smi", "-i", which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"
+    )
+    jobs = told_by("squeue", "-h", "-w", node, "-o", "%A") if node else ""
+    return {
+        "commit": told_by("git", "rev-parse", "HEAD") or None,
+        "dirty": bool(told_by("git", "status", "--porcelain", "--", "..")),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "hosts": [socket.gethostname()],
+        "devices": [f"CPU {cpu[1] if cpu else ''}".strip()],
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "gpu": dict(zip(fields, gpu.split(", "))) if gpu else {},
+        "python": sys.version.split()[0],
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        "node_shared": len(jobs.split()) > 1 if node and jobs else None,
+    }
+
+
+def block(run):
+    """The lines at the end of a log that go into a report."""
+    phases = run["timings"]["phases"].items()
+    shares = ", ".join(
+        f"{name.replace('_', ' ')} {percent(one.get('share'))}" for name, one in phases
+    )
+    here = {name: shown(run, name) for name in RESULTS}
+    reason = paper(run)
+    lines = {
+        "run": f"{run['folder']}, commit {commit(run)}",
+        "device": f"{ranks(run)} x {device(run)}, torch {environment(run, 'torch')}, {here['settings']}",
+        "an epoch": f"{here['epoch s']} s at the steady state's {here['tokens/s']} real tokens/s, {here['features/s']} features/s",
+        "training": f"{here['training s']} s, {here['steps']} steps; of them warm-up {here['warm-up s']} s",
+        "beside it": f"preparing {here['preparing s']} s, evaluating {here['evaluating s']} s; in all {here['in all s']} s",
+        "padding": f"{here['padding']} of the tokens computed",
+        "utilisation": f"{here['MFU']} of the device's peak; memory {here['peak GiB a rank']} GiB at most",
+        "phases": shares or MISSING,
+        "exact match, F1": f"{here['EM']}, {here['F1']} ({here['scorer']} scorer)",
+        "in BERT's paper": PAPER + (f"; {reason}" if reason != PAPER else ""),
+        "look": f"tensorboard --logdir {shlex.quote(str(run['folder'].parent))}",
+    }
+    if reason == PAPER and (get(run, "f1") or 0) < 87:
+        lines["low"] = "F1 is under 87: is the model cased, the learning rate or the batch unusual?"
+    return "\n".join([f"{name:17}{text}" for name, text in lines.items()])
+
+
+def time_line(run):
+    """A figure of the last profiled step: rows of phases, work and communication for each rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = collections.defaultdict(list)  # (row, colour's name) -> [(begin, length)] in ms
+    for rank, path in newest_traces(run).items():
+        steps = [e for e in events(path) if e["name"].startswith("ProfilerStep#")]
+        step = max((e for e in steps if e["cat"] == "user_annotation"), key=lambda e: e["ts"])
+        for e in events(path):
+            begin, length, name = (e["ts"] - step["ts"]) / 1000, e["dur"] / 1000, e["name"]
+            on_device = e["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")  # it ends after the host
+            after = begin > step["dur"] / 1000 and not on_device
+            if begin < 0 or after or name == step["name"]:
+                continue
+            if COMMUNICATION.match(name) and (e["cat"] == "kernel" or name.startswith("gloo:")):
+                bars[f"rank {rank} communication", "communication"].append((begin, length))
+            elif e["cat"] == "user_annotation" and name in PHASES:
+                bars[f"rank {rank} phases", name].append((begin, length))
+            elif on_device:
+                bars[f"rank {rank} device", "kernels"].append((begin, length))
+            elif e["cat"] == "cpu_op" and length > step["dur"] / 2e6:
+                bars[f"rank {rank} operators", "operators"].append((begin, length))
+    colours = COLOURS | {"communication": "#aa3377", "kernels": "#ccbb44", "operators": "#66ccee"}
+    rows = sorted({row for row, _ in bars}, key=natural)
+    figure, axes = pyplot.subplots(figsize=(13, 1.2 + 0.5 * len(rows)), layout="constrained")
+    for (row, kind), spans_ in bars.items():
+        axes.broken_barh(spans_, (rows.index(row) - 0.4, 0.8), facecolors=colours[kind])
+    for kind in dict.fromkeys(kind for _, kind in bars):
+        axes.plot([], [], color=colours[kind], linewidth=8, label=kind)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds from the step's start")
+    figure.legend(loc="outside upper center", ncols=8, frameon=False)
+    return figure
+
+
+def finish(folder):
+    """Prints the block; shows in TensorBoard what only the end knows. Reads results.json's content
+    from its input, since train.py writes that file last of all."""
+    run = load_run(pathlib.Path(folder), json.load(sys.stdin))
+    print("\n--- results " + "-" * 60, block(run), "-" * 72, sep="\n", flush=True)
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(run["folder"] / "tensorboard") as writer:
+        scores = ("exact_match", "f1", "steady_epoch_seconds", "train_seconds")
+        scores = {f"result/{name}": get(run, name) for name in scores if is_number(get(run, name))}
+        settings = {
+            k: v for k, v in run["results"]["arguments"].items() if isinstance(v, (str, int, float))
+        }
+        writer.add_hparams(settings, scores, run_name=".")  # a name of its own would be a run more
+        for name in ("environment", "times", "throughput", "answers", "phases"):
+            writer.add_text(name, TABLES[name]([run]))
+        if run["timings"].get("operators"):
+            writer.add_text("operators", f"```\n{run['timings']['operators']}\n```")
+        if newest_traces(run):
+            writer.add_text("traces", trace_table([run]))
+            writer.add_figure("one profiled step", time_line(run))
+
+
 CHARTS = {
     "runs": speed_chart,
     "ladder": lambda runs: speed_chart(rungs(runs), "The ladder: real tokens a second"),
@@ -969,12 +1122,20 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py left")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py left")
     names = f"{', '.join(TABLES)}; for FILE.json {', '.join(MEASURED)}"
     parser.add_argument("--table", choices=[*TABLES, *MEASURED], metavar="NAME", help=names)
     parser.add_argument("--chart", choices=CHARTS, metavar="NAME", help=", ".join(CHARTS))
+    parser.add_argument("--environment", action="store_true", help=argparse.SUPPRESS)  # train.py's
+    parser.add_argument("--finish", metavar="RUN", help=argparse.SUPPRESS)  # likewise
     parser.error = fault
     options = parser.parse_args()
+    if options.environment:
+        return print(json.dumps(machine()))
+    if options.finish:
+        return finish(options.finish)
+    if not options.runs:
+        fault("no RUN: give the folder of a finished run")
     if options.table in MEASURED:
         return print("\n\n".join(map(measured_table, options.runs)))
     runs = load_runs(options.runs)

@@ -518,6 +518,42 @@ def test_trace_that_torch_writes(tmp_path):
     assert "| run, rank 0 (trace) |" in phases
 
 
+# What train.py asks for
+
+
+def test_environment():
+    told = json.loads(report("--environment"))
+    assert told["hosts"] and told["devices"] and told["cores"] >= 1 and told["gpu"] is not None
+    assert told["commit"] is None or re.fullmatch("[0-9a-f]{40}", told["commit"])
+
+
+def test_finish(tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = make_run(tmp_path / "run", timings={"operators": "aten::mm  3 ms"})
+    results = (run / "results.json").read_text()
+    (run / "results.json").unlink()  # train.py writes it last of all
+    for rank in range(4):
+        write_trace(run, rank, cpu_step(1, 0) + cpu_step(2, 10))
+    command = [sys.executable, str(REPORT), "--finish", str(run)]
+    done = subprocess.run(command, check=True, input=results, capture_output=True, text=True)
+    for part in (
+        "80.91, 88.34 (evaluate scorer)",
+        "80.8 / 88.5\n",
+        "10,000 real tokens/s",
+        "bf16, packed",
+    ):
+        assert part in done.stdout
+    assert "unusual" not in done.stdout  # F1 is not low
+    seen = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert "one profiled step" in seen.Tags()["images"]
+    assert {"result/f1", "result/train_seconds"} <= set(seen.Tags()["scalars"])
+    texts = {tag.split("/")[0] for tag in seen.Tags()["tensors"]}
+    assert {"environment", "times", "phases", "operators", "traces"} <= texts
+
+
 # A measurement's own table
 
 
@@ -570,7 +606,7 @@ def test_bad_words(tmp_path):
     assert "no such folder" in report(tmp_path / "none", code=2)
     run = make_run(tmp_path / "run")
     for words, says in (
-        ((), "required: RUN"),
+        ((), "no RUN: give the folder"),
         (("--table", "laddr", run), "invalid choice: 'laddr' (choose from"),
         (("--tabel", "ladder", run), "--tabel"),
         (("--chart", "pie", run), "invalid choice: 'pie'"),
