@@ -24,7 +24,7 @@ if [ "$GPU_COUNT" -gt 0 ]; then  # as the first node has GPUs, this one must
 fi
 
 ( # a word where the ranks do not start, since the wait is silent
-    for _ in {1..20}; do sleep 1; kill -0 $$ 2>/dev/null || exit 0; done
+    for _ in {1..100}; do sleep 0.2; kill -0 $$ 2>/dev/null || exit 0; done
     pgrep -P $$ '^(python|numactl)' >/dev/null ||
         echo "node $node: waits since 20 s for the other nodes at $MASTER_ADDR ($address), port $MASTER_PORT; gives up after 150 s"
 ) &

@@ -67,10 +67,26 @@ _env_torch_index() {  # prints where this machine's torch comes from; nothing fo
     fi
 }
 
-_env_pip() {  # shows the packages asked for, keeps all the rest in a log
+_env_pip() {  # shows how far it is, keeps all the rest in a log
     PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install --no-cache-dir --progress-bar off "$@" 2>&1 |
-        tee -a "$VENV/pip.log" | sed -nu 's/ (from -r .*//; /^\(Collecting .*=\|Installing\|ERROR\)/s/^/  /p' >&2
+        tee -a "$VENV/pip.log" | awk '
+            /^(Collecting|Processing) / { if (++n % 15 == 1) { print "  getting " $2 " and what it needs ..."; fflush() } }
+            /^Installing collected/ { print "  installing " NF - 3 " packages ..."; fflush() }
+            /^ERROR/ { print "  " $0; fflush() }' >&2
     return "${PIPESTATUS[0]}"
+}
+
+_env_torch() {  # torch first: it may come from an index of its own, which is no place for the rest
+    local index=$_env_index torch
+    mapfile -t torch < <(grep '^torch==' "$_env_root/requirements.txt")
+    [ -z "${TORCH_VERSION:-}" ] || torch=("torch==$TORCH_VERSION")
+    [ "${#torch[@]}" -gt 0 ] || return 0
+    if [ -z "$index" ]; then
+        index=$(_env_torch_index "$1")
+        [ -z "$index" ] || ! _env_pip --index-url "$index" "${torch[@]}" || return 0
+        index=''
+    fi
+    _env_pip ${index:+--index-url "$index"} "${torch[@]}"
 }
 
 _env_lock() {  # waits until $VENV.lock is ours. A folder, since flock is not to be had on every shared file system
@@ -92,8 +108,8 @@ _env_lock() {  # waits until $VENV.lock is ours. A folder, since flock is not to
     done
     echo "$here $me 0" >"$lock/beat"
     while sleep 10 && kill -0 "$me"; do echo "$here $me $SECONDS" >"$lock/beat" || break; done >/dev/null 2>&1 &
-    # shellcheck disable=SC2064  # the values of now
-    trap "kill $! 2>/dev/null; rm -rf '${lock//\'/\'\\\'\'}'" EXIT
+    _env_beat=$!
+    trap 'kill "$_env_beat" 2>/dev/null; rm -rf "$VENV.lock"' EXIT
 }
 
 _env_current() {  # whether the venv is ours and has what requirements.txt and TORCH_* ask for
@@ -108,24 +124,22 @@ _env_make() (  # a subshell, for its trap
     _env_lock || exit 1
     if _env_current; then exit 0; fi  # another start has made it while we waited
     python=$(_env_python) || exit 1
-    # From here on a kill leaves a venv that the next start mends: the stamp says that it is ours and not whole.
-    old=$(sed -n 2p "$VENV/$_env_stamp" 2>/dev/null)
-    { mkdir -p "$VENV" && printf 'under way\n%s\n' "$old" >"$VENV/$_env_stamp"; } || exit 1
+    state='' old=''
+    { read -r state; read -r old; } 2>/dev/null <"$VENV/$_env_stamp"
+    # A start that was killed leaves a venv that the next one makes anew: the stamp says that it is ours and not whole.
+    { mkdir -p "$VENV" && printf 'under way\n%s\n' "$old" >"$VENV/$_env_stamp" && : >"$VENV/pip.log"; } || exit 1
     _env_say "making $VENV with $("$python" -V); all of it is in $VENV/pip.log"
-    if ! "$VENV/bin/python" -c '' 2>/dev/null; then
+    if [ "${state:-under way}" = "under way" ] || ! "$VENV/bin/python" -c '' 2>/dev/null; then
         rm -rf "${VENV:?}"/{bin,lib,lib64,include,pyvenv.cfg}
         "$python" -m venv "$VENV" || { _env_say "python -m venv failed: set PYTHON to another Python"; exit 1; }
     fi
-    index=$_env_index
-    [ -n "$index" ] || index=$(_env_torch_index "$python")
-    mapfile -t torch < <(grep '^torch==' "$_env_root/requirements.txt")
-    [ -z "${TORCH_VERSION:-}" ] || torch=("torch==$TORCH_VERSION")
     if [ -n "${TORCH_INDEX:-}" ] && [ "$TORCH_INDEX" != "$old" ]; then  # the same version from elsewhere: pip would keep it
         "$VENV/bin/python" -m pip uninstall -q -y torch >/dev/null 2>&1
     fi
     grep -v '^torch==' "$_env_root/requirements.txt" >"$VENV/requirements.txt"
-    if ! { [ "${#torch[@]}" = 0 ] || _env_pip ${index:+--index-url "$index"} "${torch[@]}"; } || ! _env_pip -r "$VENV/requirements.txt"; then
-        _env_say "pip failed: $(grep -m 1 '^ERROR' "$VENV/pip.log" | cut -c 1-200) (all in $VENV/pip.log; where nodes have no internet, run baseline/prepare.sh on the login node)"
+    if ! _env_torch "$python" || ! _env_pip -r "$VENV/requirements.txt"; then
+        _env_say "pip failed, see $VENV/pip.log: $(grep '^ERROR' "$VENV/pip.log" | tail -n 1 | cut -c 1-200)." \
+            "Where nodes have no internet, run baseline/prepare.sh on the login node"
         exit 1
     fi
     printf '%s\n' "$_env_sum" "$_env_index" "${TORCH_VERSION:-}" >"$VENV/$_env_stamp"
