@@ -25,7 +25,7 @@ fi
 
 ( # a word where the ranks do not start, since the wait is silent
     for _ in {1..100}; do sleep 0.2; kill -0 $$ 2>/dev/null || exit 0; done
-    pgrep -P $$ '^(python|numactl)' >/dev/null ||
+    pgrep -P $$ 'python|numactl' >/dev/null ||
         echo "node $node: waits since 20 s for the other nodes at $MASTER_ADDR ($address), port $MASTER_PORT; gives up after 150 s"
 ) &
 # The signals are for the ranks, which have handlers of their own. torchrun would die of USR1 and end the ranks at a TERM.
