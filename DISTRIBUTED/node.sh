@@ -26,11 +26,11 @@ fi
 ( # a word where the ranks do not start, since the wait is silent
     for _ in {1..100}; do sleep 0.2; kill -0 $$ 2>/dev/null || exit 0; done
     pgrep -P $$ 'python|numactl' >/dev/null ||
-        echo "node $node: waits since 20 s for the other nodes at $MASTER_ADDR ($address), port $MASTER_PORT; gives up after 150 s"
+        echo "node $node: waits since 20 s for the other nodes at $MASTER_ADDR ($address), port $MASTER_PORT; gives up after 120 s"
 ) &
 # The signals are for the ranks, which have handlers of their own. torchrun would die of USR1 and end the ranks at a TERM.
 trap '' USR1 TERM INT
 export PET_SIGNALS_TO_HANDLE=SIGHUP PET_SHUTDOWN_TIMEOUT=5  # seconds for the others of a node when one rank has died
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}     # or every connection warns where addresses have no names
 exec python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --node-rank="$node" \
-    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-conf=timeout=150 "${options[@]}" "$@"
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-conf=timeout=120 "${options[@]}" "$@"

@@ -582,7 +582,7 @@ def test_two_nodes_get_what_they_need(project):
             "--nproc-per-node": "2",
             "--master-addr": "n0",
             "--master-port": "23456",
-            "--rdzv-conf": "timeout=150",
+            "--rdzv-conf": "timeout=120",
         }
         assert {name: option(agent, name) for name in wanted} == wanted
         assert agent[-len(AWKWARD) :] == AWKWARD
