@@ -17,6 +17,8 @@ import collections
 import datetime
 import glob
 import gzip
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -33,7 +35,8 @@ from array import array
 
 import numpy as np
 
-PAPER = "80.8 / 88.5"  # Devlin et al. 2019: BERT-Base on SQuAD v1.1's dev set, EM / F1
+PAPER = {"exact_match": 80.8, "f1": 88.5}  # Devlin et al. 2019: BERT-Base, SQuAD v1.1's dev set
+PAPERS = "80.8 / 88.5"
 PHASES = ["data", "forward", "backward", "optimizer", "exposed_communication"]
 FIRST_LOSSES = 40  # log intervals over which the ladder compares losses
 MISSING = "not measured"
@@ -84,10 +87,11 @@ def find_runs(names):
     return list(dict.fromkeys(folders))
 
 
-def load_run(folder, results):
+def load_run(folder, results, timings=None):
     """Checks what a run left, as far as the tables count on its form."""
-    timings = folder / "timings.json"
-    timings = read_json(timings, dict) if timings.exists() else {}
+    if timings is None:
+        path = folder / "timings.json"
+        timings = read_json(path, dict) if path.exists() else {}
     fields = [(results, "arguments", {}), (results, "environment", {}), (timings, "phases", {})]
     fields += [(timings, "intervals", []), (timings, "tokens_per_step", [])]
     for place, field, empty in fields:
@@ -196,7 +200,7 @@ def paper(run):
         return f"not comparable: another model ({model(run)})"
     if argument(run, "max_steps") or not argument(run, "epochs"):
         return "not comparable: not trained to the end"
-    return PAPER
+    return PAPERS
 
 
 # 2. Markdown
@@ -946,7 +950,7 @@ def report(runs):
     return "\n\n".join(parts + (["## Traces", trace_table(traced)] if traced else []))
 
 
-# 9. For train.py: the machine at a run's start; the block and TensorBoard's pages at its end
+# 9. For train.py: the machine at a run's start; the figures, block and TensorBoard at its end
 
 
 def told_by(*command):
@@ -960,34 +964,148 @@ def told_by(*command):
         return ""
 
 
+THROTTLES = ["idle", "application clocks", "power cap", "hardware slowdown", "sync boost"]
+THROTTLES += ["software thermal", "hardware thermal", "power brake", "display clocks"]
+
+
+def gpus():
+    """The state of each GPU that this node's ranks use."""
+    fields = ["name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem"]
+    fields += ["temperature.gpu", "clocks_throttle_reasons.active"]
+    query = f"--query-gpu=index,uuid,{','.join(fields)}"
+    told = told_by("nvidia-smi", query, "--format=csv,noheader").splitlines()
+    rows = [row.split(", ") for row in told]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # names them by index or by the UUID's beginning
+        asked = [one.removeprefix("MIG-") for one in visible.split(",") if one]
+        rows = [r for one in asked for r in rows if one == r[0] or r[1].startswith(one)]
+    found = [
+        dict(zip(fields, row[2:])) for row in rows[: int(os.environ.get("LOCAL_WORLD_SIZE") or 1)]
+    ]
+    for gpu in found:
+        mask = gpu.pop(fields[-1], "")
+        mask = int(mask, 16) if mask.startswith("0x") else 0
+        reasons = [name for bit, name in enumerate(THROTTLES) if mask >> bit & 1]
+        gpu["throttled by"] = " and ".join(reasons) or "nothing"
+    return found
+
+
+def versions():
+    """The libraries' versions, without importing them: torch alone takes seconds."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "datasets", "tokenizers", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    torch = importlib.util.find_spec("torch")
+    torch = pathlib.Path(torch.origin).with_name("version.py") if torch and torch.origin else None
+    cuda = re.search(r"^cuda\b.*'(.+)'", torch.read_text(), re.MULTILINE) if torch else None
+    return found | {"cuda": cuda[1] if cuda else None}
+
+
 def machine():
     """What a reader must know of the machine to trust a run's figures."""
-    node, local = os.environ.get("SLURMD_NODENAME"), int(os.environ.get("LOCAL_RANK") or 0)
-    cpu = pathlib.Path("/proc/cpuinfo")
+    node, state, cpu = os.environ.get("SLURMD_NODENAME"), gpus(), pathlib.Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
-    fields = ["name", "driver_version", "power.limit", "clocks.sm", "clocks.mem"]
-    fields += ["temperature.gpu", "clocks_throttle_reasons.active"]
-    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-    which = visible[local] if local < len(visible) else str(local)
-    gpu = told_by(
-        "nvidia-smi", "-i", which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"
-    )
+    cpu = f"CPU {cpu[1] if cpu else ''}".strip()
     jobs = told_by("squeue", "-h", "-w", node, "-o", "%A") if node else ""
+    several = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1 and node  # torchrun's nodes
     return {
         "commit": told_by("git", "rev-parse", "HEAD") or None,
         "dirty": bool(told_by("git", "status", "--porcelain", "--", "..")),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "hosts": [socket.gethostname()],
-        "devices": [f"CPU {cpu[1] if cpu else ''}".strip()],
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "gpu": dict(zip(fields, gpu.split(", "))) if gpu else {},
-        "python": sys.version.split()[0],
+        "hosts": several
+        and told_by("scontrol", "show", "hostnames").split()
+        or [socket.gethostname()],
+        "devices": [gpu["name"] for gpu in state] or [cpu],
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": state,
+        **versions(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        "node_shared": len(jobs.split()) > 1 if node and jobs else None,
+        "node_shared": len(jobs.split()) > 1 if jobs else None,
     }
+
+
+# Dense TFLOP/s in bf16, tf32 and fp32, from NVIDIA's data sheets; the first name that fits counts.
+PEAKS = {"H100 PCIe": (756, 378, 51), "NVL": (835, 418, 60), "H100": (989, 494, 67)}
+PEAKS |= {"H200": (989, 494, 67), "A100": (312, 156, 19.5), "A30": (165, 82, 10.3)}
+PEAKS |= {"L40S": (362, 183, 91.6), "L4": (121, 60, 30.3), "V100": (None, None, 15.7)}
+
+
+def peak_flops(name, precision):
+    """FLOP/s; None for a CPU, and for a GPU whose peak is not known."""
+    for known, peaks in PEAKS.items():
+        if re.search(rf"\b{known}\b", name) and "MIG" not in name:
+            peak = peaks[("bf16", "tf32", "fp32").index(precision)]
+            return peak and peak * 1e12
+    return None
+
+
+COPIED = """exact_match f1 prepare_seconds features_cached evaluate_seconds total_seconds peak_memory_gib
+    train_features world_size nodes parameters arguments environment resumed_from_steps
+    repeated_steps scorer"""
+KEPT = ("step", "loss", "learning_rate", "gradient_norm", "seconds", "tokens", "steady")
+
+
+def derive(record):
+    """train.py's raw record of a run -> what goes into results.json and into timings.json."""
+    intervals, settings = record["intervals"], record["arguments"]
+    steady = [i for i in intervals if i["steady"]]
+
+    def total(field, chosen=steady):
+        return sum(one[field] for one in chosen)
+
+    found = record["environment"]
+    found["gpu_before"] = found.pop("gpu", [])
+    found["gpu_after"] = gpus()
+    if settings["device_type"] == "cpu":  # whatever GPU the machine has
+        found |= {"devices": [found.get("cpu", "CPU")], "gpu_before": [], "gpu_after": []}
+    results = {name: record[name] for name in COPIED.split()}
+    results |= {"steps": record["step"], "paper": PAPER, "restarts": found.get("restarts", 0)}
+    results |= {"command": shlex.join(map(str, record["command"]))}
+    results |= {"finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    if record.get("all_reduce"):
+        results["all_reduce"] = record["all_reduce"]
+    results["train_seconds"] = total("wall_seconds", intervals)
+    results["warmup_seconds"] = total("seconds", [i for i in intervals if i["warmup"]])
+    an_epoch = record.get("steps_an_epoch") or 1
+    results["epoch_seconds"] = each = [0.0] * -(-record["step"] // an_epoch)
+    for one in intervals:  # one that spans two epochs is shared out by its steps
+        for step in range(one["step"] - one["steps"], one["step"]):
+            each[step // an_epoch] += one["wall_seconds"] / one["steps"]
+    real, computed = record.get("tokens_per_step", []), record.get("computed_per_step", [])
+    results["padding_share"] = 1 - sum(real) / sum(computed) if computed else None
+    names = "tokens_per_second features_per_second steady_epoch_seconds flops_per_second"
+    results |= dict.fromkeys([*names.split(), "model_flops_utilization"])
+    if seconds := total("seconds"):
+        # Two FLOPs a multiply-add, once forward and twice backward (Kaplan et al. 2020, section
+        # 2.1); attention 4 x hidden size x length^2 a layer forward. Embeddings do not count.
+        flops = 6 * record["matrix_weights"] * total("tokens")
+        flops += 12 * record["layers"] * record["hidden_size"] * total("squares")
+        peak = peak_flops((found.get("devices") or ["CPU"])[0], settings["precision"])
+        results["tokens_per_second"] = total("tokens") / seconds
+        results["features_per_second"] = total("features") / seconds
+        results["steady_epoch_seconds"] = record["train_tokens"] * seconds / total("tokens")
+        results["flops_per_second"] = flops / seconds
+        if peak:
+            share = flops / seconds / record["world_size"] / peak
+            results["model_flops_utilization"] = share
+    chosen, phases = steady or intervals, {}
+    for name in intervals[0]["phases"] if intervals else ():
+        spent = sum(one["phases"][name] for one in chosen)
+        phases[name] = {"seconds": spent, "share": spent / total("seconds", chosen)}
+    for name in record.get("phases_override", {}):
+        phases[name] = {"seconds": None, "share": None}
+    for name, spent in record["beside"].items():
+        share = spent / results["train_seconds"] if intervals else None
+        phases[name] = {"seconds": spent, "share": share}
+    timings = {"phases": phases, "intervals": [{k: i[k] for k in KEPT} for i in intervals]}
+    timings |= {"operators": record["operators"]}
+    timings |= {"tokens_per_step": list(map(list, zip(real, computed)))[:200]}
+    return results, timings | ({"ranks": record["ranks"]} if record.get("ranks") else {})
 
 
 def block(run):
@@ -1008,11 +1126,14 @@ def block(run):
         "utilisation": f"{here['MFU']} of the device's peak; memory {here['peak GiB a rank']} GiB at most",
         "phases": shares or MISSING,
         "exact match, F1": f"{here['EM']}, {here['F1']} ({here['scorer']} scorer)",
-        "in BERT's paper": PAPER + (f"; {reason}" if reason != PAPER else ""),
+        "in BERT's paper": PAPERS + (f"; {reason}" if reason != PAPERS else ""),
         "look": f"tensorboard --logdir {shlex.quote(str(run['folder'].parent))}",
     }
-    if reason == PAPER and (get(run, "f1") or 0) < 87:
-        lines["low"] = "F1 is under 87: is the model cased, the learning rate or the batch unusual?"
+    cased = re.search(r"(?<!un)cased", model(run).lower())
+    if cased:
+        lines["cased"] = "the model is cased: the uncased one is the paper's, and better on SQuAD"
+    elif reason == PAPERS and (get(run, "f1") or 0) < 87:
+        lines["low"] = "F1 is under 87: are the learning rate, the batch or the epochs unusual?"
     return "\n".join([f"{name:17}{text}" for name, text in lines.items()])
 
 
@@ -1055,27 +1176,73 @@ def time_line(run):
     return figure
 
 
-def finish(folder):
-    """Prints the block; shows in TensorBoard what only the end knows. Reads results.json's content
-    from its input, since train.py writes that file last of all."""
-    run = load_run(pathlib.Path(folder), json.load(sys.stdin))
-    print("\n--- results " + "-" * 60, block(run), "-" * 72, sep="\n", flush=True)
+OVERVIEW = {
+    "loss": "training/loss",
+    "real tokens a second": "speed/tokens_per_second",
+    "share of the step": "phases/.*",
+    "learning rate": "training/learning_rate",
+    "gradient norm": "training/gradient_norm",
+    "memory, GiB": "speed/peak_memory_gib",
+}
+
+
+def write_board(run, record):
+    """All of TensorBoard's events at once, so that no curve of a resumed run is there twice."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(run["folder"] / "tensorboard") as writer:
+    folder = run["folder"] / "tensorboard"
+    for earlier in folder.glob("events.out.tfevents.*"):  # of an end that failed
+        earlier.unlink()
+    with SummaryWriter(folder) as writer:
+        charts = {question: ["Multiline", [tag]] for question, tag in OVERVIEW.items()}
+        writer.add_custom_scalars({"overview": charts})
+        for one in record["intervals"]:
+            seconds = one["seconds"]
+            values = {f"training/{n}": one[n] for n in ("loss", "learning_rate", "gradient_norm")}
+            values["speed/tokens_per_second"] = one["tokens"] / seconds
+            values["speed/peak_memory_gib"] = one["memory_gib"]
+            shares = {f"phases/{name}": spent / seconds for name, spent in one["phases"].items()}
+            for name, value in (values | shares).items():
+                writer.add_scalar(name, value, one["step"])
         scores = ("exact_match", "f1", "steady_epoch_seconds", "train_seconds")
         scores = {f"result/{name}": get(run, name) for name in scores if is_number(get(run, name))}
-        settings = {
-            k: v for k, v in run["results"]["arguments"].items() if isinstance(v, (str, int, float))
-        }
+        settings = run["results"]["arguments"].items()
+        settings = {name: value for name, value in settings if isinstance(value, (str, int, float))}
         writer.add_hparams(settings, scores, run_name=".")  # a name of its own would be a run more
         for name in ("environment", "times", "throughput", "answers", "phases"):
             writer.add_text(name, TABLES[name]([run]))
-        if run["timings"].get("operators"):
+        if run["timings"]["operators"]:
             writer.add_text("operators", f"```\n{run['timings']['operators']}\n```")
         if newest_traces(run):
             writer.add_text("traces", trace_table([run]))
             writer.add_figure("one profiled step", time_line(run))
+
+
+def write_whole(path, content):
+    """Under another name, then renamed: what is there is whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finish(folder):
+    """From train.py's raw record: TensorBoard, timings.json, the block and, last, results.json."""
+    try:
+        record, folder = json.load(sys.stdin), pathlib.Path(folder)
+        results, timings = derive(record)
+        run = load_run(folder, results, timings)
+        write_board(run, record)
+        write_whole(folder / "timings.json", timings)
+        print("\n--- results " + "-" * 60, block(run), "-" * 72, sep="\n", flush=True)
+        write_whole(folder / "results.json", results)
+    except Exception as error:  # noqa: BLE001 whatever it was: one line, and no results.json
+        fault(f"--finish {folder}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 CHARTS = {

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -521,10 +522,153 @@ def test_trace_that_torch_writes(tmp_path):
 # What train.py asks for
 
 
+@pytest.fixture(scope="module")
+def module():
+    specification = importlib.util.spec_from_file_location("report", REPORT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
 def test_environment():
+    began = time.perf_counter()
     told = json.loads(report("--environment"))
     assert told["hosts"] and told["devices"] and told["cores"] >= 1 and told["gpu"] is not None
     assert told["commit"] is None or re.fullmatch("[0-9a-f]{40}", told["commit"])
+    assert told["python"] and {"torch", "transformers", "cuda", "datasets", "numpy"} <= set(told)
+    assert time.perf_counter() - began < 5  # 0.2 s where the machine is free
+
+
+def test_environment_of_gpus(module, tmp_path, monkeypatch):
+    """Of the node's three GPUs the two that the job may use, in its order."""
+    rows = [
+        f"{n}, GPU-{n}a, {A100}, 535.1, 250.00 W, 1410 MHz, 1410 MHz, 1215 MHz, 60" for n in "012"
+    ]
+    rows = "\n".join(f"{row}, 0x000000000000000{4 * n}" for n, row in enumerate(rows))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{rows}'")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for visible in ("2,0", "GPU-2,GPU-0a"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        found = module.machine()
+        assert found["devices"] == [A100, A100] and len(found["gpu"]) == 2
+        assert found["gpu"][0]["throttled by"] == "hardware slowdown"
+        assert found["gpu"][1]["throttled by"] == "nothing"
+        assert found["gpu"][0]["power.limit"] == "250.00 W"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert module.machine()["gpu"] == []
+
+
+def make_record(arguments=(), environment=(), **fields):
+    """What train.py hands over: four steps an epoch, six steps, in intervals of 1, 2 and 3."""
+
+    def interval(step, steps, wall, seconds, **marks):
+        shares = {"data": 0.125, "forward": 0.25, "backward": 0.5, "optimizer": 0.0625}
+        values = {"step": step, "steps": steps, "loss": 6.0 / step, "gradient_norm": 1.5}
+        values |= {"tokens": 1000 * steps, "features": 10 * steps, "squares": 200_000 * steps}
+        values |= {"learning_rate": 1e-5 * step, "wall_seconds": wall, "seconds": seconds}
+        values |= {"phases": {name: share * seconds for name, share in shares.items()}}
+        return values | {"memory_gib": 1.25, "warmup": False, "steady": False} | marks
+
+    settings = {"model": "google-bert/bert-base-uncased", "device_type": "cpu", "precision": "fp32"}
+    settings |= {"batching": "packed", "batch_size": 10, "epochs": 2, "sample": False, "limit": 8}
+    machine = {"commit": "0" * 40, "dirty": False, "hosts": ["n1"], "devices": ["CPU x"]}
+    machine |= {"cpu": "CPU x", "gpu": [], "restarts": 1, "torch": "2.13.0"}
+    record = {"exact_match": 80.912, "f1": 88.345, "scorer": "own", "command": ["a.py", "b c"]}
+    record |= {"prepare_seconds": 1.5, "features_cached": True, "evaluate_seconds": 2.5}
+    record |= {"total_seconds": 20.0, "peak_memory_gib": 1.5, "world_size": 1, "nodes": 1}
+    record |= {"step": 6, "resumed_from_steps": [1], "repeated_steps": 2, "train_features": 40}
+    record |= {"train_tokens": 4000, "steps_an_epoch": 4, "parameters": 109, "layers": 2}
+    record |= {"matrix_weights": 50_000, "hidden_size": 8, "operators": "aten::mm  3 ms"}
+    record |= {"beside": {"checkpoint": 1.5, "profile": 0.75, "log": 0.0}}
+    record |= {"tokens_per_step": [1000] * 6, "computed_per_step": [1250] * 6}
+    record["intervals"] = [
+        interval(1, 1, 5.0, 4.0, warmup=True),
+        interval(3, 2, 3.0, 2.0, steady=True),
+        interval(6, 3, 7.0, 3.0, steady=True),
+    ]
+    return (
+        record
+        | {"arguments": settings | dict(arguments), "environment": machine | dict(environment)}
+        | fields
+    )
+
+
+def finish(folder, record, code=0):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, str(REPORT), "--finish", str(folder)]
+    text = record if isinstance(record, str) else json.dumps(record)
+    done = subprocess.run(command, check=False, input=text, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_figures_derived(module):
+    results, timings = module.derive(make_record())
+    assert results["tokens_per_second"] == 1000 and results["features_per_second"] == 10
+    assert results["steady_epoch_seconds"] == 4 and results["train_seconds"] == 15
+    assert results["warmup_seconds"] == 4 and results["steps"] == 6
+    assert results["epoch_seconds"] == pytest.approx([5 + 3 + 7 / 3, 2 * 7 / 3])
+    assert results["padding_share"] == pytest.approx(0.2)
+    flops = 6 * 50_000 * 1000 + 12 * 2 * 8 * 200_000  # a second: five steps in five seconds
+    assert results["flops_per_second"] == flops and results["model_flops_utilization"] is None
+    assert results["restarts"] == 1 and results["paper"] == {"exact_match": 80.8, "f1": 88.5}
+    assert results["command"] == "a.py 'b c'" and results["finished_at"][:2] == "20"
+    assert not {"intervals", "tokens_per_step", "operators", "all_reduce"} & set(results)
+    assert timings["phases"]["backward"] == {"seconds": 2.5, "share": 0.5}
+    assert timings["phases"]["checkpoint"] == {"seconds": 1.5, "share": 0.1}
+    assert timings["tokens_per_step"] == [[1000, 1250]] * 6 and "ranks" not in timings
+    names = {"step", "loss", "learning_rate", "gradient_norm", "seconds", "tokens", "steady"}
+    assert [set(one) for one in timings["intervals"]] == [names] * 3
+
+
+def test_utilization_of_gpus(module):
+    """Two ranks: each computed half of it, and each device has its own peak."""
+
+    def of(name, precision):
+        arguments = {"device_type": "cuda", "precision": precision}
+        record = make_record(arguments, {"devices": [name]}, world_size=2)
+        results, _ = module.derive(record)
+        assert "gpu_before" in results["environment"] and "gpu_after" in results["environment"]
+        return results["model_flops_utilization"]
+
+    flops = 6 * 50_000 * 1000 + 12 * 2 * 8 * 200_000
+    for name, precision, peak in (
+        (A100, "bf16", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "tf32", 156e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 NVL", "bf16", 835e12),
+        ("NVIDIA L40S", "fp32", 91.6e12),
+        ("NVIDIA L4", "bf16", 121e12),
+    ):
+        assert of(name, precision) == pytest.approx(flops / 2 / peak, rel=1e-12)
+    for name, precision in ((A100 + " MIG 1g.5gb", "bf16"), ("Tesla V100-SXM2-16GB", "bf16")):
+        assert of(name, precision) is None
+    assert of("NVIDIA L40", "bf16") is None
+
+
+def test_figures_of_odd_runs(module):
+    """Nothing steady; nothing trained; phases that could not be measured; figures of the ranks."""
+    record = make_record(world_size=4, phases_override={"exposed_communication": None})
+    record |= {"all_reduce": {"link": "NET/IB"}, "ranks": {"slowest": {"tokens": 1}}}
+    record["tokens_per_step"] = record["computed_per_step"] = [1] * 300
+    for one in record["intervals"]:
+        one["steady"] = False
+    results, timings = module.derive(record)
+    assert results["tokens_per_second"] is None and results["steady_epoch_seconds"] is None
+    assert timings["phases"]["backward"] == {"seconds": 4.5, "share": 0.5}
+    assert timings["phases"]["exposed_communication"] == {"seconds": None, "share": None}
+    assert results["all_reduce"] == {"link": "NET/IB"} and timings["ranks"] == record["ranks"]
+    assert len(timings["tokens_per_step"]) == 200
+    record = make_record(step=0, intervals=[], operators="")
+    for name in ("steps_an_epoch", "tokens_per_step", "computed_per_step"):
+        del record[name]
+    results, timings = module.derive(record)
+    assert results["train_seconds"] == 0 and results["epoch_seconds"] == []
+    assert results["padding_share"] is None and timings["intervals"] == []
+    assert results["exact_match"] == 80.912
 
 
 def test_finish(tmp_path):
@@ -532,26 +676,81 @@ def test_finish(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = make_run(tmp_path / "run", timings={"operators": "aten::mm  3 ms"})
-    results = (run / "results.json").read_text()
-    (run / "results.json").unlink()  # train.py writes it last of all
+    run = tmp_path / "run"
+    run.mkdir()
     for rank in range(4):
         write_trace(run, rank, cpu_step(1, 0) + cpu_step(2, 10))
-    command = [sys.executable, str(REPORT), "--finish", str(run)]
-    done = subprocess.run(command, check=True, input=results, capture_output=True, text=True)
-    for part in (
-        "80.91, 88.34 (evaluate scorer)",
-        "80.8 / 88.5\n",
-        "10,000 real tokens/s",
-        "bf16, packed",
-    ):
-        assert part in done.stdout
-    assert "unusual" not in done.stdout  # F1 is not low
+    (run / "tensorboard" / "events.out.tfevents.1.of.an.end.that.failed").write_bytes(b"")
+    text = finish(run, make_record())
+    for part in ("80.91, 88.34 (own scorer)", "1,000 real tokens/s", "fp32, packed"):
+        assert part in text
+    assert "unusual" not in text and "cased:" not in text
+    assert {path.name for path in run.iterdir()} == {"results.json", "timings.json", "tensorboard"}
+    assert "| run | 80.91 | 88.34 |" in report("--table", "answers", run)
     seen = EventAccumulator(str(run / "tensorboard")).Reload()
     assert "one profiled step" in seen.Tags()["images"]
-    assert {"result/f1", "result/train_seconds"} <= set(seen.Tags()["scalars"])
+    tags = {"result/f1", "result/train_seconds", "training/loss", "training/learning_rate"}
+    tags |= {"training/gradient_norm", "speed/tokens_per_second", "speed/peak_memory_gib"}
+    assert tags | {"phases/data", "phases/backward"} <= set(seen.Tags()["scalars"])
+    points = [(one.step, one.value) for one in seen.Scalars("phases/backward")]
+    assert points == [(1, 0.5), (3, 0.5), (6, 0.5)]
     texts = {tag.split("/")[0] for tag in seen.Tags()["tensors"]}
-    assert {"environment", "times", "phases", "operators", "traces"} <= texts
+    assert {
+        "environment",
+        "times",
+        "phases",
+        "operators",
+        "traces",
+        "custom_scalars__config__",
+    } <= texts
+
+
+def test_block_warns_of_cased_models_and_low_answers(module):
+    def block(f1=88.0, **arguments):
+        record = make_record(
+            {"limit": None, "max_steps": None} | arguments, f1=f1, train_features=88_524
+        )
+        return module.block(module.load_run(pathlib.Path("runs/one"), *module.derive(record)))
+
+    assert "unusual" not in block() and "cased:" not in block()
+    assert "F1 is under 87" in block(86.9)
+    assert "F1 is under 87" not in block(50.0, limit=100) + block(50.0, model="x/minilm")
+    assert "the model is cased" in block(model="google-bert/bert-base-cased/")
+
+
+def test_finish_that_fails_leaves_no_results(tmp_path, module, monkeypatch):
+    bad = make_record()
+    del bad["train_tokens"]
+    wrong = make_record(f1="high")
+    for record, says in (("", "JSONDecodeError"), (bad, "train_tokens"), (wrong, "not a number")):
+        text = finish(tmp_path / "run", record, code=2)
+        assert says in text and text.count("\n") == 1 and text.startswith("report.py: ")
+        assert not list((tmp_path / "run").glob("*.json*"))
+    (tmp_path / "run" / "timings.json").mkdir()  # cannot be written
+    text = finish(tmp_path / "run", make_record(), code=2)
+    assert text.splitlines()[-1].startswith("report.py: --finish")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"timings.json", "tensorboard"}
+
+
+def test_finish_killed_in_the_middle(tmp_path):
+    """Killed at any time results.json is absent or whole; a later end of the run goes through."""
+    whole = make_record(command=["x" * 1000] * 20_000)  # long enough to be hit while it is written
+    for wait in (0.2, 1.0, 2.0, 3.0, 4.0):
+        folder = tmp_path / str(wait)
+        folder.mkdir()
+        command = [sys.executable, str(REPORT), "--finish", str(folder)]
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        child.stdin.write(json.dumps(whole))
+        child.stdin.close()
+        time.sleep(wait)
+        child.kill()
+        child.wait()
+        if (folder / "results.json").exists():
+            assert json.loads((folder / "results.json").read_text())["steps"] == 6
+    finish(folder, make_record())
+    assert json.loads((folder / "results.json").read_text())["command"] == "a.py 'b c'"
 
 
 # A measurement's own table
@@ -630,11 +829,8 @@ def test_bad_timings_and_traces(tmp_path):
     assert "an interval or a phase is not an object" in report(run, code=2)
 
 
-def test_no_value_ends_in_a_traceback(tmp_path):
+def test_no_value_ends_in_a_traceback(tmp_path, module):
     """Each field in turn of another kind: a table, or one line and exit code 2."""
-    specification = importlib.util.spec_from_file_location("report", REPORT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
     link = {"world_size": 2, "all_reduce": {"gigabytes_per_second": 1.5, "link": "NET/Socket"}}
     other = make_run(tmp_path / "strong-1x1-1")
     run = make_run(tmp_path / "strong-1x2-1", {"strategy": "ddp"}, link)
