@@ -96,12 +96,12 @@ _env_lock() {  # waits until $VENV.lock is ours. A folder, since flock is not to
         [ -d "$lock" ] || { _env_say "cannot make $VENV: set VENV to a folder that you can write"; return 1; }
         [ -n "$told" ] || _env_say "another start is making $VENV: waiting for it"
         told=1
-        sleep 1
+        sleep 0.5
         beat=$(cat "$lock/beat" 2>/dev/null)
         if [ "$beat" = "$old" ]; then still=$((still + 1)); else still=0 old=$beat; fi
         read -r host pid _ <<<"$beat"
         # Its owner is dead: no longer on this machine, or on another one and without a sign for two minutes.
-        if [ "$still" -ge 120 ] || { [ "$host" = "$here" ] && ! kill -0 "$pid" 2>/dev/null; }; then
+        if [ "$still" -ge 240 ] || { [ "$host" = "$here" ] && ! kill -0 "$pid" 2>/dev/null; }; then
             mv -T "$lock" "$lock.$me" 2>/dev/null || continue
             if [ "$(cat "$lock.$me/beat" 2>/dev/null)" = "$beat" ]; then rm -rf "$lock.$me"; else mv -T "$lock.$me" "$lock"; fi
         fi
