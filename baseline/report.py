@@ -26,6 +26,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -40,6 +41,7 @@ PAPERS = "80.8 / 88.5"
 PHASES = ["data", "forward", "backward", "optimizer", "exposed_communication"]
 FIRST_LOSSES = 40  # log intervals over which the ladder compares losses
 MISSING = "not measured"
+ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what odd values raise
 
 
 def fault(message):
@@ -50,7 +52,7 @@ def fault(message):
 # 1. Runs: folders -> {"name", "folder", "results", "timings"}
 
 
-def read_json(path, kinds):
+def read_json(path, kinds=dict):
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except (OSError, ValueError, RecursionError) as error:
@@ -61,9 +63,8 @@ def read_json(path, kinds):
 
 
 def natural(path):  # 2-tf32 before 10-compiled
-    return [
-        (not p.isdigit(), int(p) if p.isdigit() else p) for p in re.findall(r"\d+|\D+", str(path))
-    ]
+    parts = re.findall(r"\d+|\D+", str(path))
+    return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in parts]
 
 
 def find_runs(names):
@@ -88,23 +89,17 @@ def find_runs(names):
 
 
 def load_run(folder, results, timings=None):
-    """Checks what a run left, as far as the tables count on its form."""
+    """Checks what a run left, as far as an odd value would give odd tables."""
+    path = folder / "timings.json"
     if timings is None:
-        path = folder / "timings.json"
-        timings = read_json(path, dict) if path.exists() else {}
-    fields = [(results, "arguments", {}), (results, "environment", {}), (timings, "phases", {})]
-    fields += [(timings, "intervals", []), (timings, "tokens_per_step", [])]
-    for place, field, empty in fields:
-        if not isinstance(place.setdefault(field, empty), type(empty)):
-            fault(f"{folder}: {field} is not {'an object' if empty == {} else 'a list'}")
-    for entry in [*timings["intervals"], *timings["phases"].values()]:
-        if not isinstance(entry, dict):
-            fault(f"{folder / 'timings.json'}: an interval or a phase is not an object")
-    pairs = timings["tokens_per_step"]
-    if not all(isinstance(p, list) and len(p) == 2 and all(map(is_number, p)) for p in pairs):
-        fault(f"{folder / 'timings.json'}: tokens_per_step is not a list of [real, computed]")
-    numbers = [(results, field) for field in RESULTS.values() if isinstance(field, str)]
-    numbers += [(results, field) for field in ("world_size", "nodes", "train_features")]
+        timings = read_json(path) if path.exists() else {}
+    for field in ("arguments", "environment", "phases", "intervals", "tokens_per_step"):
+        kind = list if field in ("intervals", "tokens_per_step") else dict
+        place = results if field in ("arguments", "environment") else timings
+        if not isinstance(place.setdefault(field, kind()), kind):
+            fault(f"{folder}: {field} is not {'an object' if kind is dict else 'a list'}")
+    fields = [field for field in RESULTS.values() if isinstance(field, str)]
+    numbers = [(results, field) for field in (*fields, "world_size", "nodes", "train_features")]
     numbers += [(results["arguments"], field) for field in ("batch_size", "accumulate")]
     for place, field in numbers:
         if place.get(field) is not None and not is_number(place[field]):
@@ -113,7 +108,7 @@ def load_run(folder, results, timings=None):
 
 
 def load_runs(names):
-    runs = [load_run(one, read_json(one / "results.json", dict)) for one in find_runs(names)]
+    runs = [load_run(one, read_json(one / "results.json")) for one in find_runs(names)]
     count = collections.Counter(run["name"] for run in runs)
     for run in runs:  # two folders of one name: their parents tell them apart
         if count[run["name"]] > 1:
@@ -146,13 +141,8 @@ def shape(run):
     return f"{int(get(run, 'nodes') or 1)}x{ranks(run) // int(get(run, 'nodes') or 1)}"
 
 
-def folder_name(run):
-    return run["name"].split("/")[-1]
-
-
 def device(run):
-    found = environment(run, "devices")
-    names = sorted({str(name) for name in (found if isinstance(found, list) else [found]) if name})
+    names = sorted({str(name) for name in environment(run, "devices") or []})
     return " and ".join(names) or f"device {MISSING}"
 
 
@@ -169,12 +159,8 @@ def data(run):
 
 
 def commit(run):
-    value = environment(run, "commit")
-    return (
-        f"{str(value)[:10]}{' with changes' * bool(environment(run, 'dirty'))}"
-        if value
-        else MISSING
-    )
+    value, dirty = environment(run, "commit"), " with changes" * bool(environment(run, "dirty"))
+    return str(value)[:10] + dirty if value else MISSING
 
 
 def settings(run):
@@ -184,11 +170,9 @@ def settings(run):
 
 
 def epochs(run):
-    each = get(run, "epoch_seconds")
-    each = list(filter(is_number, each)) if isinstance(each, list) else []
-    if len(each) > 4:
-        return f"{number(min(each))} to {number(max(each))}"
-    return ", ".join(map(number, each)) or None
+    each = list(filter(is_number, get(run, "epoch_seconds") or []))
+    few = ", ".join(map(number, each)) or None
+    return few if len(each) < 5 else f"{number(min(each))} to {number(max(each))}"
 
 
 def paper(run):
@@ -220,14 +204,10 @@ def percent(share):
     return f"{100 * share:.1f} %" if is_number(share) else MISSING
 
 
-def score(value):
-    return f"{value:.2f}" if is_number(value) else MISSING
-
-
 def spread(values, show=number):
     values = [value for value in values if is_number(value)]
     if len(values) < 2:
-        return show(values[0] if values else None)
+        return show(values[0]) if values else MISSING
     return f"{show(statistics.mean(values))} ± {show(statistics.stdev(values))}"
 
 
@@ -248,8 +228,8 @@ def cell(value):
 
 def table(caption, rows):
     """rows: dicts of one and the same columns."""
-    columns = list(rows[0]) if rows else ["nothing to show"]
-    body = [columns, ["---"] * len(columns), *(row.values() for row in rows)]
+    head = list(rows[0]) if rows else ["nothing to show"]
+    body = [head, ["---"] * len(head), *(row.values() for row in rows)]
     lines = (f"| {' | '.join(map(cell, row))} |" for row in body)
     return "\n".join([f"*{cell(caption).replace('*', '×')}*", "", *lines])
 
@@ -261,28 +241,21 @@ def together(values):
 
 def conditions(runs, before):
     """The caption of a table: what the figures were measured on, and how often."""
+
+    def all_of(of):
+        return together(map(of, runs))
+
     dates = (get(run, "finished_at") or environment(run, "date") or MISSING for run in runs)
-    parts = [
-        together(map(device, runs)),
-        together(argument(run, "precision") or f"precision {MISSING}" for run in runs),
-        f"batch {together(argument(run, 'batch_size') for run in runs)}",
-        together(map(model, runs)),
-        together(map(data, runs)),
-        f"commit {together(map(commit, runs))}",
-        together(str(date)[:10] for date in dates),
-        f"{len(runs)} run{'s' * (len(runs) > 1)}.",
-    ]
-    return f"{before} {'; '.join(parts)}"
+    how = f"precision {all_of(lambda run: argument(run, 'precision'))}"
+    how += f"; batch {all_of(lambda run: argument(run, 'batch_size'))}; {all_of(model)}"
+    when = together(str(date).partition("T")[0] for date in dates)
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)}."
+    return f"{before} {all_of(device)}; {how}; {all_of(data)}; commit {all_of(commit)}; {when}; {count}"
 
 
-COLOURS = {  # those of the time line in TensorBoard
-    "data": "#999999",
-    "forward": "#4477aa",
-    "backward": "#ee6677",
-    "optimizer": "#228833",
-    "exposed_communication": "#aa3377",
-    "the rest": "#dddddd",
-}
+COLOURS = {"data": "#999999", "forward": "#4477aa", "backward": "#ee6677", "optimizer": "#228833"}
+COLOURS |= {"exposed_communication": "#aa3377", "communication": "#aa3377", "the rest": "#dddddd"}
+COLOURS |= {"device": "#ccbb44", "CPU": "#66ccee"}
 
 
 def mermaid(settings, *lines):
@@ -303,9 +276,8 @@ def xychart(title, labels, unit, *series):
     lines += [f'    y-axis "{unit}" 0 --> {top * 1.1:.{digits}f}']
     for kind, values in series:
         lines.append(f"    {kind} [{', '.join(f'{value:.{digits}f}' for value in values)}]")
-    palette = {"plotColorPalette": "#4477aa, #ee6677"}
-    size = {"width": 900, "height": 400}
-    settings = {"xyChart": size, "themeVariables": {"xyChart": palette}}
+    settings = {"themeVariables": {"xyChart": {"plotColorPalette": "#4477aa, #ee6677"}}}
+    settings["xyChart"] = {"width": 900, "height": 400}
     lying = " horizontal" if len(str(names)) > 130 else ""  # long names would overlap
     return mermaid(settings, "xychart-beta" + lying, *lines)
 
@@ -356,36 +328,24 @@ def speed_up(run, other, of=lambda run: get(run, "tokens_per_second")):
 
 # 4. Tables of runs. A column is a field of results.json, or a function of the run.
 
-RESULTS = {
-    "run": lambda run: run["name"],
-    "nodes x ranks": shape,
-    "settings": settings,
+RESULTS = {"run": lambda run: run["name"], "nodes x ranks": shape, "settings": settings}
+RESULTS |= {"epoch s": "steady_epoch_seconds", "training s": "train_seconds"}
+RESULTS |= {"warm-up s": "warmup_seconds", "preparing s": "prepare_seconds"}
+RESULTS |= {"evaluating s": "evaluate_seconds", "in all s": "total_seconds", "each epoch s": epochs}
+RESULTS |= {"tokens/s": "tokens_per_second", "features/s": "features_per_second", "steps": "steps"}
+RESULTS |= {"MFU": "model_flops_utilization", "padding": "padding_share", "EM": "exact_match"}
+RESULTS |= {"F1": "f1", "parameters": "parameters", "peak GiB a rank": "peak_memory_gib"}
+RESULTS |= {
     "batch": lambda run: argument(run, "batch_size"),
-    "epoch s": "steady_epoch_seconds",
-    "training s": "train_seconds",
-    "warm-up s": "warmup_seconds",
-    "preparing s": "prepare_seconds",
-    "evaluating s": "evaluate_seconds",
-    "in all s": "total_seconds",
-    "each epoch s": epochs,
-    "features cached": lambda run: get(run, "features_cached"),
-    "resumed from": lambda run: listed(get(run, "resumed_from_steps")) or "-",
-    "tokens/s": "tokens_per_second",
-    "features/s": "features_per_second",
-    "steps": "steps",
-    "MFU": "model_flops_utilization",
-    "padding": "padding_share",
-    "parameters": "parameters",
-    "peak GiB a rank": "peak_memory_gib",
     "features a rank and pass": lambda run: (
         (argument(run, "batch_size") or 0) / ranks(run) / (argument(run, "accumulate") or 1) or None
     ),
-    "EM": "exact_match",
-    "F1": "f1",
+    "features cached": lambda run: get(run, "features_cached"),
+    "resumed from": lambda run: listed(get(run, "resumed_from_steps")) or "-",
     "the BERT paper's EM / F1": paper,
     "scorer": lambda run: get(run, "scorer"),
 }
-SHOW = {"MFU": percent, "padding": percent, "EM": score, "F1": score}
+SHOW = {"MFU": percent, "padding": percent, "EM": "{:.2f}".format, "F1": "{:.2f}".format}
 
 
 def value(run, column):
@@ -393,19 +353,18 @@ def value(run, column):
     return get(run, field) if isinstance(field, str) else field(run)
 
 
-def plain(before, columns):
-    columns = columns.split("|")
+def shown(runs, column):
+    """One run's value, or the mean and the spread of several runs'."""
+    if isinstance(runs, list):
+        return spread([value(run, column) for run in runs], SHOW.get(column, number))
+    one = value(runs, column)
+    return number(None) if one is None else SHOW.get(column, number)(one)
+
+
+def plain(caption, *columns):
     return lambda runs: table(
-        conditions(runs, before), [{name: shown(run, name) for name in columns} for run in runs]
+        conditions(runs, caption), [{name: shown(run, name) for name in columns} for run in runs]
     )
-
-
-def shown(run, column):
-    return SHOW.get(column, number)(value(run, column))
-
-
-def several(runs, column):  # mean and spread of one column
-    return spread([value(run, column) for run in runs], SHOW.get(column, number))
 
 
 def seeds_table(runs):
@@ -423,7 +382,7 @@ def seeds_table(runs):
         row = {"group": ", ".join(f"{n} {key.get(n)}" for n in differ) or "all of one kind"}
         row |= {"runs": len(group), "seeds": ", ".join(str(argument(run, "seed")) for run in group)}
         columns = ["EM", "F1", "epoch s", "tokens/s", "peak GiB a rank"]
-        rows.append(row | {name: several(group, name) for name in columns})
+        rows.append(row | {name: shown(group, name) for name in columns})
     before = "Mean ± standard deviation over runs that differ in the seed alone."
     return table(conditions(runs, before), rows)
 
@@ -446,8 +405,8 @@ def loss_agreement(run, earlier):
 
 
 def rungs(runs):
-    numbered = all(folder_name(run)[0].isdigit() for run in runs)
-    return sorted(runs, key=lambda run: natural(folder_name(run))) if numbered else runs
+    numbered = all(run["folder"].name[0].isdigit() for run in runs)
+    return sorted(runs, key=lambda run: natural(run["folder"].name)) if numbered else runs
 
 
 def ladder_table(runs):
@@ -455,18 +414,14 @@ def ladder_table(runs):
     for place, run in enumerate(runs):
         before, speeds = runs[max(place - 1, 0)], windows(run)
         around = f" ({number(min(speeds))} to {number(max(speeds))})" if len(speeds) > 1 else ""
-        row = {
-            "rung": run["name"],
-            "what changed": ", ".join(differences(run, before)[1]) or "-",
-            "tokens/s": number(speed(run)) + around,
-            "over the first": speed_up(run, runs[0], speed),
-            "over the one before": speed_up(run, before, speed),
-        }
-        columns = ["MFU", "peak GiB a rank", "padding", "warm-up s"]
+        row = {"rung": run["name"], "what changed": ", ".join(differences(run, before)[1]) or "-"}
+        row |= {"tokens/s": number(speed(run)) + around}
+        row |= {"over the first": speed_up(run, runs[0], speed)}
+        row |= {"over the one before": speed_up(run, before, speed)}
+        columns = ("MFU", "peak GiB a rank", "padding", "warm-up s")
         row |= {name: shown(run, name) for name in columns}
-        rows.append(
-            row | {"loss differs by": loss_agreement(run, runs[:place]), "F1": shown(run, "F1")}
-        )
+        row |= {"loss differs by": loss_agreement(run, runs[:place])}
+        rows.append(row | {"F1": shown(run, "F1")})
     before = f"""Real tokens/s: the median of three windows of the steady steps (least to most).
     Loss: the largest difference over the first {FIRST_LOSSES} log intervals."""
     return table(conditions(runs, before), rows)
@@ -477,7 +432,7 @@ def scaling_groups(runs):
     least = min((argument(run, "batch_size") or 0) for run in runs)
     groups = collections.defaultdict(list)
     for run in sorted(runs, key=lambda run: (ranks(run), shape(run))):
-        named = re.match(r"strong|growing", folder_name(run))
+        named = re.match(r"strong|growing", run["folder"].name)
         by_batch = "growing" if (argument(run, "batch_size") or 0) > least else "strong"
         groups[named.group() if named else by_batch, shape(run)].append(run)
     return dict(sorted(groups.items(), key=lambda group: group[0][0] == "growing"))
@@ -507,24 +462,18 @@ def scaling_table(runs):
     for (rule, grid), group in groups.items():
         n, ours, base = ranks(group[0]), mean_speed(group), single(groups, rule, group[0])
         gain = ours / base if ours and base else None
-        links = [a for run in group if isinstance(a := get(run, "all_reduce"), dict)]
-        bandwidth = spread(a.get("gigabytes_per_second") for a in links)
-        row = {
-            "batch rule": rule,
-            "nodes x ranks": grid,
-            "batch": together(argument(run, "batch_size") for run in group),
-            "runs": len(group),
-            "epoch s": several(group, "epoch s"),
-            "tokens/s": several(group, "tokens/s"),
-            "tokens/s a rank": ours / n if ours else None,
-            "speed-up": f"{gain:.2f}" if gain else "no 1x1 to compare with",
-            "efficiency": percent(gain / n if gain else None),
-            "exposed communication": spread(map(exposed, group), percent) if n > 1 else "-",
-            "all-reduce GB/s": bandwidth if n > 1 else "-",
-            "link": (together(a.get("link") for a in links) or MISSING) if n > 1 else "-",
-            "F1": several(group, "F1"),
-        }
-        rows.append(row)
+        links = [get(run, "all_reduce") or {} for run in group]
+        between = {"exposed communication": spread(map(exposed, group), percent)}
+        between["all-reduce GB/s"] = spread(link.get("gigabytes_per_second") for link in links)
+        between["link"] = together(link.get("link") for link in links)
+        row = {"batch rule": rule, "nodes x ranks": grid}
+        row |= {"batch": together(argument(run, "batch_size") for run in group), "runs": len(group)}
+        row |= {name: shown(group, name) for name in ("epoch s", "tokens/s")}
+        row |= {"tokens/s a rank": ours / n if ours else None}
+        row |= {"speed-up": f"{gain:.2f}" if gain else "no 1x1 to compare with"}
+        row |= {"efficiency": percent(gain / n if gain else None)}
+        row |= between if n > 1 else dict.fromkeys(between, "-")
+        rows.append(row | {"F1": shown(group, "F1")})
     before = """Mean ± standard deviation of the repeats. Strong: 1x1's global batch, the same
     training. Growing: 1x1's batch on each rank, so the speed-up is of tokens/s and F1 belongs to it."""
     return table(conditions(runs, before), rows)
@@ -556,58 +505,40 @@ def speed_up_table(runs):
     return table(conditions(runs, "By real tokens/s in the steady state."), rows)
 
 
-def step_seconds(run):
-    steps = [0, *(i.get("step") for i in run["timings"]["intervals"])]
-    counts = [b - a for a, b in itertools.pairwise(steps) if is_number(a) and is_number(b)]
-    kept = [n for n, i in zip(counts, run["timings"]["intervals"]) if i.get("steady")]
-    return sum(steady(run, "seconds")) / sum(kept) if sum(kept) else None
-
-
 def phase_rows(runs):
     """(run or rank, {phase: (seconds a step, share)}): the run's own, then each rank's by its trace."""
     for run in runs:
-        own, traces, seconds = run["timings"]["phases"], read_traces(run), step_seconds(run)
+        own, traces, before, steps = run["timings"]["phases"], read_traces(run), 0, 0
+        for one in run["timings"]["intervals"]:
+            steps += (one["step"] - before) * bool(one.get("steady"))
+            before = one["step"]
+        seconds = sum(steady(run, "seconds")) / steps if steps else None
         shares = {name: own[name].get("share") for name in PHASES if name in own}
         if own:
-            pairs = {
-                n: (seconds * s if seconds and is_number(s) else None, s) for n, s in shares.items()
-            }
-            yield run["name"], pairs
+            yield run["name"], {n: (seconds and s and seconds * s, s) for n, s in shares.items()}
         for rank, trace in traces.items() if len(traces) > 1 or not own else ():
             yield f"{run['name']}, rank {rank} (trace)", trace["phases"]
 
 
 def phases_table(runs):
     found, rows, beside = list(phase_rows(runs)), [], []
-    for run, phases in found:
-        row = {"run": run}
-        for name in (name for name in PHASES if any(name in one for _, one in found)):
-            seconds, share = phases.get(name, (None, None))
-            text = f"{number(1000 * seconds)} ms, " if is_number(seconds) else ""
-            row[name.replace("_", " ")] = text + percent(share) if is_number(share) else MISSING
-        rows.append(row)
+    for name, phases in found:
+        rows.append({"run": name})
+        for phase in (phase for phase in PHASES if any(phase in one for _, one in found)):
+            seconds, share = phases.get(phase, (None, None))
+            text = f"{number(1000 * seconds)} ms, " if seconds else ""
+            rows[-1][phase.replace("_", " ")] = text + percent(share)
     for run in runs:
         others = {n: p for n, p in run["timings"]["phases"].items() if n not in PHASES}
-        times = [
-            f"{n} {number(p.get('seconds'))} s ({percent(p.get('share'))})"
-            for n, p in others.items()
-        ]
-        beside += [f"Beside the steps of {run['name']}: {', '.join(times)}."] if times else []
-    before = (
-        "Milliseconds a step in the steady state (by trace: with the profiler on), and the share."
-    )
+        times = (f"{n} {number(p['seconds'])} s ({percent(p['share'])})" for n, p in others.items())
+        beside += [f"Beside the steps of {run['name']}: {', '.join(times)}."] if others else []
+    before = "A step in the steady state (by trace: with the profiler on): time, and share of it."
     return "\n\n".join([table(conditions(runs, before), rows), *beside])
-
-
-def command(run):
-    words = get(run, "command")
-    words = shlex.join(map(str, words)) if isinstance(words, list) else words
-    return f"`{words}`" if words else None
 
 
 def environment_table(runs):
     fields = {"finished": [get(run, "finished_at") for run in runs]}
-    fields["command"] = [command(run) for run in runs]
+    fields["command"] = [f"`{get(run, 'command') or MISSING}`" for run in runs]
     for key in dict.fromkeys(itertools.chain(*(run["results"]["environment"] for run in runs))):
         fields[key.replace("_", " ")] = [listed(environment(run, key)) or "-" for run in runs]
     names = [run["name"] for run in runs]
@@ -617,30 +548,7 @@ def environment_table(runs):
     return table("The machine, the versions and the command of each run.", rows)
 
 
-# 5. Traces, read event by event: 50 MB of trace are a gigabyte once unpacked
-
-
-def events(path):
-    """The complete events ("ph": "X") of a Chrome trace, in bounded memory."""
-    decode = json.JSONDecoder().raw_decode
-    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
-        text = file.read(1 << 22)
-        place = text.index("[", text.index('"traceEvents"')) + 1
-        while True:
-            while text[place : place + 1] in tuple(" \r\n\t,"):
-                place += 1
-            if text[place : place + 1] == "]":
-                return
-            try:
-                event, place = decode(text, place)
-            except ValueError:  # the event goes on in the next piece
-                more = file.read(1 << 22)
-                if not more or len(text) - place > 1 << 26:
-                    raise
-                text, place = text[place:] + more, 0
-            else:
-                if event.get("ph") == "X":
-                    yield event
+# 5. Traces
 
 
 def spans(flat):
@@ -693,7 +601,9 @@ def read_trace(path):
     names, computes, annotations, steps = {}, set(), set(), []
     kernels, launched, operators, talk, ranges = (array("d") for _ in range(5))
     threads = collections.defaultdict(lambda: array("d"))
-    for event in events(path):
+    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+        events = json.load(file)["traceEvents"]
+    for event in (event for event in events if event.get("ph") == "X"):
         kind, name, start, length = (event.get(key) for key in ("cat", "name", "ts", "dur"))
         key = names.setdefault(name, len(names))
         span = (float(start), float(length), key)
@@ -726,9 +636,8 @@ def read_trace(path):
         kept = rows[0] >= begin
         work = [tuple(column[kept] for column in rows)]
         begin, end = work[0][0].min(), work[0][1].max()
-        for start, stop, key in zip(
-            starts, ends, keys
-        ):  # a kernel is of the phase that launched it
+        # a kernel is of the phase that launched it
+        for start, stop, key in zip(starts, ends, keys):
             inside = kept & (launches >= start) & (launches < stop)
             phases[PHASES.index(names[key])] += (rows[1] - rows[0])[inside].sum()
     else:
@@ -747,17 +656,18 @@ def read_trace(path):
         spent += np.bincount(keys, within(starts, ends, begin, end), len(names))
     seconds, a_step = (end - begin) / 1e6 / len(steps), 1e-6 / len(steps)
     edges = np.r_[begin, np.clip(either, begin, end).ravel(), end].reshape(-1, 2)
-    gaps = sorted(
-        (gap for gap in edges.tolist() if gap[0] < gap[1]), key=lambda gap: gap[0] - gap[1]
-    )
-    return {
-        "place": "device" if kernels else "CPU",
-        "steps": len(steps),
-        "seconds": seconds,
-        "computing": computing,
-        "exposed communication": occupied - computing,
-        "idle": 1 - occupied,
-        "communication": communication,
+    gaps = sorted(edges[edges[:, 0] < edges[:, 1]].tolist(), key=lambda gap: gap[0] - gap[1])
+    place, last = "device" if kernels else "CPU", steps[-1][0]
+    rows = {("communication", "communication"): talking, (place, place): busy}
+    for name in dict.fromkeys(names[key] for key in ranges[2]):
+        chosen = np.array([names[key] == name for key in ranges[2]])
+        rows["phases", name] = np.stack(ranges[:2], axis=1)[chosen]
+    rows = {kind: np.clip(bars - last, 0, None)[bars[:, 1] > last] for kind, bars in rows.items()}
+    line = {kind: np.c_[b[:, 0], b[:, 1] - b[:, 0]] / 1000 for kind, b in rows.items()}
+    shares = {"computing": computing, "exposed communication": occupied - computing}
+    shares |= {"idle": 1 - occupied, "communication in all": communication}
+    told = {"place": place, "line": line, "steps": len(steps), "seconds": seconds} | shares
+    return told | {
         "phases": {n: (v * a_step, v * a_step / seconds) for n, v in zip(PHASES, phases) if v},
         "operators": {names[k]: spent[k] * a_step for k in np.flatnonzero(spent)},
         "gaps": [meanwhile(*gap, steps, ranges, host, names, annotations) for gap in gaps[:5]],
@@ -796,25 +706,21 @@ def meanwhile(begin, end, steps, ranges, host, names, annotations):
     return gap | {"what the host did in it": ", ".join(most)}
 
 
-def newest_traces(run):
-    """{rank: file}; of several lives of a run the last one's."""
-    newest = {}
-    for path in sorted((run["folder"] / "tensorboard").glob("*.pt.trace.json.gz"), key=natural):
-        named = re.search(r"rank(\d+)", path.name)
-        newest[int(named[1]) if named else 0] = path
-    return dict(sorted(newest.items()))
-
-
 def read_traces(run):
+    """{rank: what its trace tells}; of several lives of a run the last one's."""
     if "traces" not in run:
-        run["traces"] = {}
-        for rank, path in newest_traces(run).items():
+        newest, files = {}, (run["folder"] / "tensorboard").glob("*.pt.trace.json.gz")
+        for path in sorted(files, key=natural):
+            named = re.search(r"rank(\d+)", path.name)
+            newest[int(named[1]) if named else 0] = path
+        for rank, path in newest.items():
             if path.stat().st_size > 5e6:
                 print(f"reading {path.name}, {path.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
             try:
-                run["traces"][rank] = read_trace(path)
-            except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error) as error:
+                newest[rank] = read_trace(path)
+            except (OSError, EOFError, zlib.error, *ODD) as error:
                 fault(f"{path}: cannot be read as a trace ({error}): delete it, or run again")
+        run["traces"] = dict(sorted(newest.items()))
     return run["traces"]
 
 
@@ -830,9 +736,8 @@ def trace_table(runs):
         rows, gaps, total = [], [], collections.Counter()
         for rank, trace in traces.items():
             row = {"rank": str(rank), "ms a step": 1000 * trace["seconds"]}
-            for name in ("computing", "exposed communication", "idle"):
-                row[name] = percent(trace[name])
-            rows.append(row | {"communication in all": percent(trace["communication"])})
+            names = ("computing", "exposed communication", "idle", "communication in all")
+            rows.append(row | {name: percent(trace[name]) for name in names})
             kept = 5 if len(traces) == 1 else 2
             gaps += [{"rank": str(rank)} | gap for gap in trace["gaps"][:kept]]
             total.update(trace["operators"])
@@ -856,11 +761,11 @@ def trace_table(runs):
 # 6. Charts, in the mermaid that GitHub draws
 
 
-def speed_chart(runs, title="Real tokens a second"):
+def speed_chart(runs):
+    title = "Real tokens a second"
     speeds = {run["name"]: speed(run) for run in runs if speed(run)}
-    if not speeds:
-        return f"{title}: {MISSING}."
-    return xychart(title, list(speeds), "tokens/s", ("bar", list(speeds.values())))
+    bars = ("bar", list(speeds.values()))
+    return xychart(title, list(speeds), "tokens/s", bars) if speeds else f"{title}: {MISSING}."
 
 
 def scaling_chart(runs):
@@ -910,16 +815,15 @@ def measured_table(name):
         fault(f"{path}: no such file; give the JSON that the measuring script wrote")
     found = read_json(path, (dict, list))
     for one in found if isinstance(found, list) else [found]:
-        one = one if isinstance(one, dict) else {}
-        columns, rows, where = one.get("columns"), one.get("rows"), one.get("environment")
-        if not isinstance(columns, list) or not isinstance(rows, list):
-            fault(f'{path}: wants {{"title", "conditions", "columns": [...], "rows": [[...]]}}')
-        if any(not isinstance(row, list) or len(row) != len(columns) for row in rows):
-            fault(f"{path}: rows: each wants as many cells as columns has, {len(columns)}")
+        try:
+            columns, where = list(map(cell, one["columns"])), one.get("environment") or {}
+            rows = [dict(zip(columns, row, strict=True)) for row in one["rows"]]
+        except ODD:
+            form = '{"title", "conditions", "columns": [...], "rows": [[...]]}'
+            fault(f"{path}: wants {form}, each row of as many cells as columns")
         where = where if isinstance(where, dict) else {"environment": where}
         where = [f"{k.replace('_', ' ')} {listed(v)}" for k, v in where.items() if v is not None]
         caption = "; ".join(filter(None, [listed(one.get("conditions")), *where]))
-        rows = [dict(zip(map(cell, columns), row)) for row in rows]
         parts += [f"**{cell(one.get('title') or path.stem)}**"]
         parts += [table(caption + "." if caption else f"Conditions {MISSING}.", rows)]
     return "\n\n".join(parts)
@@ -932,7 +836,7 @@ def report(runs):
     parts = ["# Report", "## Environment", environment_table(runs)]
     for title in ("times", "throughput", "answers"):
         parts += [f"## {title.capitalize()}", TABLES[title](runs)]
-    names = [folder_name(run) for run in runs]
+    names = [run["folder"].name for run in runs]
     strategies = {argument(run, "strategy") for run in runs}
     if len(runs) > 1:
         kinds = {
@@ -954,14 +858,12 @@ def report(runs):
 
 
 def told_by(*command):
+    how = {"capture_output": True, "text": True, "cwd": pathlib.Path(__file__).parent}
     try:
-        here = pathlib.Path(__file__).parent
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=20, cwd=here
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
+        done = subprocess.run(command, check=False, timeout=20, **how)
     except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 THROTTLES = ["idle", "application clocks", "power cap", "hardware slowdown", "sync boost"]
@@ -974,34 +876,18 @@ def gpus():
     fields += ["temperature.gpu", "clocks_throttle_reasons.active"]
     query = f"--query-gpu=index,uuid,{','.join(fields)}"
     told = told_by("nvidia-smi", query, "--format=csv,noheader").splitlines()
-    rows = [row.split(", ") for row in told]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:  # names them by index or by the UUID's beginning
-        asked = [one.removeprefix("MIG-") for one in visible.split(",") if one]
+    rows, visible = [row.split(", ") for row in told], os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # by index, or by the UUID's beginning
+        asked = [one for one in visible.split(",") if one]
         rows = [r for one in asked for r in rows if one == r[0] or r[1].startswith(one)]
-    found = [
-        dict(zip(fields, row[2:])) for row in rows[: int(os.environ.get("LOCAL_WORLD_SIZE") or 1)]
-    ]
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    found = [dict(zip(fields, row[2:])) for row in rows[:count]]
     for gpu in found:
-        mask = gpu.pop(fields[-1], "")
-        mask = int(mask, 16) if mask.startswith("0x") else 0
-        reasons = [name for bit, name in enumerate(THROTTLES) if mask >> bit & 1]
+        bits = re.fullmatch("0x([0-9a-fA-F]+)", gpu.pop(fields[-1], ""))
+        bits = int(bits[1], 16) if bits else 0
+        reasons = (name for bit, name in enumerate(THROTTLES) if bits >> bit & 1)
         gpu["throttled by"] = " and ".join(reasons) or "nothing"
     return found
-
-
-def versions():
-    """The libraries' versions, without importing them: torch alone takes seconds."""
-    found = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "datasets", "tokenizers", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    torch = importlib.util.find_spec("torch")
-    torch = pathlib.Path(torch.origin).with_name("version.py") if torch and torch.origin else None
-    cuda = re.search(r"^cuda\b.*'(.+)'", torch.read_text(), re.MULTILINE) if torch else None
-    return found | {"cuda": cuda[1] if cuda else None}
 
 
 def machine():
@@ -1009,24 +895,27 @@ def machine():
     node, state, cpu = os.environ.get("SLURMD_NODENAME"), gpus(), pathlib.Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
     cpu = f"CPU {cpu[1] if cpu else ''}".strip()
+    several = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1  # torchrun's nodes
+    hosts = told_by("scontrol", "show", "hostnames").split() if several and node else []
     jobs = told_by("squeue", "-h", "-w", node, "-o", "%A") if node else ""
-    several = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1 and node  # torchrun's nodes
-    return {
-        "commit": told_by("git", "rev-parse", "HEAD") or None,
-        "dirty": bool(told_by("git", "status", "--porcelain", "--", "..")),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "hosts": several
-        and told_by("scontrol", "show", "hostnames").split()
-        or [socket.gethostname()],
-        "devices": [gpu["name"] for gpu in state] or [cpu],
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": state,
-        **versions(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        "node_shared": len(jobs.split()) > 1 if jobs else None,
-    }
+    found = {"commit": told_by("git", "rev-parse", "HEAD") or None}
+    found["dirty"] = bool(told_by("git", "status", "--porcelain", "--", ".."))
+    found["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    found["hosts"] = hosts or [socket.gethostname()]
+    found |= {"devices": [gpu["name"] for gpu in state] or [cpu], "cpu": cpu, "gpu": state}
+    own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    found |= {"cores": len(own), "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "datasets", "tokenizers", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)  # imports nothing: torch takes seconds
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    torch = importlib.util.find_spec("torch")
+    torch = pathlib.Path(torch.origin).with_name("version.py").read_text() if torch else ""
+    cuda = re.search(r"^cuda\b.*'(.+)'", torch, re.MULTILINE)
+    found |= {"cuda": cuda[1] if cuda else None, "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
+    found["restarts"] = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return found | {"node_shared": len(jobs.split()) > 1 if jobs else None}
 
 
 # Dense TFLOP/s in bf16, tf32 and fp32, from NVIDIA's data sheets; the first name that fits counts.
@@ -1034,88 +923,71 @@ PEAKS = {"H100 PCIe": (756, 378, 51), "NVL": (835, 418, 60), "H100": (989, 494, 
 PEAKS |= {"H200": (989, 494, 67), "A100": (312, 156, 19.5), "A30": (165, 82, 10.3)}
 PEAKS |= {"L40S": (362, 183, 91.6), "L4": (121, 60, 30.3), "V100": (None, None, 15.7)}
 
-
-def peak_flops(name, precision):
-    """FLOP/s; None for a CPU, and for a GPU whose peak is not known."""
-    for known, peaks in PEAKS.items():
-        if re.search(rf"\b{known}\b", name) and "MIG" not in name:
-            peak = peaks[("bf16", "tf32", "fp32").index(precision)]
-            return peak and peak * 1e12
-    return None
-
-
 COPIED = """exact_match f1 prepare_seconds features_cached evaluate_seconds total_seconds peak_memory_gib
-    train_features world_size nodes parameters arguments environment resumed_from_steps
-    repeated_steps scorer"""
+    train_features world_size nodes parameters arguments resumed_from_steps repeated_steps
+    scorer"""
 KEPT = ("step", "loss", "learning_rate", "gradient_norm", "seconds", "tokens", "steady")
 
 
 def derive(record):
     """train.py's raw record of a run -> what goes into results.json and into timings.json."""
-    intervals, settings = record["intervals"], record["arguments"]
-    steady = [i for i in intervals if i["steady"]]
+    intervals, settings, ended = record["intervals"], record["arguments"], machine()
+    steady = [one for one in intervals if one["steady"]]
 
     def total(field, chosen=steady):
         return sum(one[field] for one in chosen)
 
-    found = record["environment"]
-    found["gpu_before"] = found.pop("gpu", [])
-    found["gpu_after"] = gpus()
+    def a_second(amount):
+        return amount / seconds if seconds else None
+
+    found = ended | record["environment"]
+    found |= {"gpu_before": found.pop("gpu"), "gpu_after": ended["gpu"]}
     if settings["device_type"] == "cpu":  # whatever GPU the machine has
-        found |= {"devices": [found.get("cpu", "CPU")], "gpu_before": [], "gpu_after": []}
-    results = {name: record[name] for name in COPIED.split()}
-    results |= {"steps": record["step"], "paper": PAPER, "restarts": found.get("restarts", 0)}
-    results |= {"command": shlex.join(map(str, record["command"]))}
-    results |= {"finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-    if record.get("all_reduce"):
-        results["all_reduce"] = record["all_reduce"]
-    results["train_seconds"] = total("wall_seconds", intervals)
-    results["warmup_seconds"] = total("seconds", [i for i in intervals if i["warmup"]])
-    an_epoch = record.get("steps_an_epoch") or 1
-    results["epoch_seconds"] = each = [0.0] * -(-record["step"] // an_epoch)
+        found |= {"devices": [found["cpu"]], "gpu_before": [], "gpu_after": []}
+    elif found["devices"] == [found["cpu"]]:  # a slice of a GPU, say
+        found["devices"] = ["GPU that nvidia-smi does not name"]
+    real, computed = record.get("tokens_per_step", []), record.get("computed_per_step", [])
+    seconds, tokens, an_epoch = total("seconds"), total("tokens"), record.get("steps_an_epoch", 1)
+    each = [0.0] * -(-record["step"] // an_epoch)
     for one in intervals:  # one that spans two epochs is shared out by its steps
         for step in range(one["step"] - one["steps"], one["step"]):
             each[step // an_epoch] += one["wall_seconds"] / one["steps"]
-    real, computed = record.get("tokens_per_step", []), record.get("computed_per_step", [])
+    # Two FLOPs a multiply-add, once forward and twice backward (Kaplan et al. 2020, section 2.1);
+    # attention 4 x hidden size x length^2 a layer forward. Embeddings do not count.
+    flops = 12 * record["layers"] * record["hidden_size"] * total("squares")
+    flops = a_second(6 * record["matrix_weights"] * tokens + flops)
+    names = [name for name in PEAKS if re.search(rf"\b{name}\b", found["devices"][0])]
+    column = ("bf16", "tf32", "fp32").index(settings["precision"])
+    peak = PEAKS[names[0]][column] if names and flops else None
+    results = {name: record[name] for name in COPIED.split()} | {"environment": found}
+    results |= {"all_reduce": record["all_reduce"]} if record.get("all_reduce") else {}
+    results |= {"tokens_per_second": a_second(tokens), "flops_per_second": flops}
+    results |= {"features_per_second": a_second(total("features")), "epoch_seconds": each}
+    usage = flops / record["world_size"] / peak / 1e12 if peak else None
+    results["model_flops_utilization"] = usage
+    results["steady_epoch_seconds"] = record["train_tokens"] * seconds / tokens if tokens else None
+    results["train_seconds"] = total("wall_seconds", intervals)
+    results["warmup_seconds"] = total("seconds", [one for one in intervals if one["warmup"]])
     results["padding_share"] = 1 - sum(real) / sum(computed) if computed else None
-    names = "tokens_per_second features_per_second steady_epoch_seconds flops_per_second"
-    results |= dict.fromkeys([*names.split(), "model_flops_utilization"])
-    if seconds := total("seconds"):
-        # Two FLOPs a multiply-add, once forward and twice backward (Kaplan et al. 2020, section
-        # 2.1); attention 4 x hidden size x length^2 a layer forward. Embeddings do not count.
-        flops = 6 * record["matrix_weights"] * total("tokens")
-        flops += 12 * record["layers"] * record["hidden_size"] * total("squares")
-        peak = peak_flops((found.get("devices") or ["CPU"])[0], settings["precision"])
-        results["tokens_per_second"] = total("tokens") / seconds
-        results["features_per_second"] = total("features") / seconds
-        results["steady_epoch_seconds"] = record["train_tokens"] * seconds / total("tokens")
-        results["flops_per_second"] = flops / seconds
-        if peak:
-            share = flops / seconds / record["world_size"] / peak
-            results["model_flops_utilization"] = share
-    chosen, phases = steady or intervals, {}
-    for name in intervals[0]["phases"] if intervals else ():
-        spent = sum(one["phases"][name] for one in chosen)
-        phases[name] = {"seconds": spent, "share": spent / total("seconds", chosen)}
-    for name in record.get("phases_override", {}):
-        phases[name] = {"seconds": None, "share": None}
-    for name, spent in record["beside"].items():
-        share = spent / results["train_seconds"] if intervals else None
-        phases[name] = {"seconds": spent, "share": share}
-    timings = {"phases": phases, "intervals": [{k: i[k] for k in KEPT} for i in intervals]}
+    results |= {"steps": record["step"], "restarts": found["restarts"], "paper": PAPER}
+    results |= {"command": shlex.join(map(str, record["command"])), "finished_at": ended["date"]}
+    chosen, spent = steady or intervals, {}  # phase: (seconds, of how many)
+    for name in chosen[0]["phases"] if chosen else ():
+        spent[name] = total(name, [one["phases"] for one in chosen]), total("seconds", chosen)
+    spent |= {name: (None, None) for name in record.get("phases_override", {})}
+    spent |= {name: (value, results["train_seconds"]) for name, value in record["beside"].items()}
+    phases = {n: {"seconds": s, "share": s / of if of else None} for n, (s, of) in spent.items()}
+    timings = {"phases": phases, "intervals": [{k: one[k] for k in KEPT} for one in intervals]}
     timings |= {"operators": record["operators"]}
-    timings |= {"tokens_per_step": list(map(list, zip(real, computed)))[:200]}
+    timings |= {"tokens_per_step": [list(pair) for pair in zip(real, computed)][:200]}
     return results, timings | ({"ranks": record["ranks"]} if record.get("ranks") else {})
 
 
 def block(run):
     """The lines at the end of a log that go into a report."""
-    phases = run["timings"]["phases"].items()
-    shares = ", ".join(
-        f"{name.replace('_', ' ')} {percent(one.get('share'))}" for name, one in phases
-    )
-    here = {name: shown(run, name) for name in RESULTS}
-    reason = paper(run)
+    phases = {n.replace("_", " "): one["share"] for n, one in run["timings"]["phases"].items()}
+    here, reason = {name: shown(run, name) for name in RESULTS}, paper(run)
+    peak = f"{here['MFU']} of the device's peak" if value(run, "MFU") else "device's peak not known"
     lines = {
         "run": f"{run['folder']}, commit {commit(run)}",
         "device": f"{ranks(run)} x {device(run)}, torch {environment(run, 'torch')}, {here['settings']}",
@@ -1123,15 +995,16 @@ def block(run):
         "training": f"{here['training s']} s, {here['steps']} steps; of them warm-up {here['warm-up s']} s",
         "beside it": f"preparing {here['preparing s']} s, evaluating {here['evaluating s']} s; in all {here['in all s']} s",
         "padding": f"{here['padding']} of the tokens computed",
-        "utilisation": f"{here['MFU']} of the device's peak; memory {here['peak GiB a rank']} GiB at most",
-        "phases": shares or MISSING,
+        "utilisation": f"{peak}; memory {here['peak GiB a rank']} GiB at most",
+        "phases": ", ".join(f"{name} {percent(share)}" for name, share in phases.items()),
         "exact match, F1": f"{here['EM']}, {here['F1']} ({here['scorer']} scorer)",
         "in BERT's paper": PAPERS + (f"; {reason}" if reason != PAPERS else ""),
         "look": f"tensorboard --logdir {shlex.quote(str(run['folder'].parent))}",
     }
-    cased = re.search(r"(?<!un)cased", model(run).lower())
-    if cased:
-        lines["cased"] = "the model is cased: the uncased one is the paper's, and better on SQuAD"
+    if re.search(r"(?<!un)cased", model(run).lower()):
+        lines["cased"] = (
+            "the model is cased: its figures are not those of the uncased one, the usual one"
+        )
     elif reason == PAPERS and (get(run, "f1") or 0) < 87:
         lines["low"] = "F1 is under 87: are the learning rate, the batch or the epochs unusual?"
     return "\n".join([f"{name:17}{text}" for name, text in lines.items()])
@@ -1144,31 +1017,16 @@ def time_line(run):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = collections.defaultdict(list)  # (row, colour's name) -> [(begin, length)] in ms
-    for rank, path in newest_traces(run).items():
-        steps = [e for e in events(path) if e["name"].startswith("ProfilerStep#")]
-        step = max((e for e in steps if e["cat"] == "user_annotation"), key=lambda e: e["ts"])
-        for e in events(path):
-            begin, length, name = (e["ts"] - step["ts"]) / 1000, e["dur"] / 1000, e["name"]
-            on_device = e["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")  # it ends after the host
-            after = begin > step["dur"] / 1000 and not on_device
-            if begin < 0 or after or name == step["name"]:
-                continue
-            if COMMUNICATION.match(name) and (e["cat"] == "kernel" or name.startswith("gloo:")):
-                bars[f"rank {rank} communication", "communication"].append((begin, length))
-            elif e["cat"] == "user_annotation" and name in PHASES:
-                bars[f"rank {rank} phases", name].append((begin, length))
-            elif on_device:
-                bars[f"rank {rank} device", "kernels"].append((begin, length))
-            elif e["cat"] == "cpu_op" and length > step["dur"] / 2e6:
-                bars[f"rank {rank} operators", "operators"].append((begin, length))
-    colours = COLOURS | {"communication": "#aa3377", "kernels": "#ccbb44", "operators": "#66ccee"}
+    bars = {}  # (row, colour's name) -> [(begin, length)] in ms
+    for rank, trace in read_traces(run).items():
+        found = ((row, kind, pairs) for (row, kind), pairs in trace["line"].items() if len(pairs))
+        bars |= {(f"rank {rank} {row}", kind): pairs for row, kind, pairs in found}
     rows = sorted({row for row, _ in bars}, key=natural)
     figure, axes = pyplot.subplots(figsize=(13, 1.2 + 0.5 * len(rows)), layout="constrained")
-    for (row, kind), spans_ in bars.items():
-        axes.broken_barh(spans_, (rows.index(row) - 0.4, 0.8), facecolors=colours[kind])
+    for (row, kind), pairs in bars.items():
+        axes.broken_barh(pairs, (rows.index(row) - 0.4, 0.8), facecolors=COLOURS[kind])
     for kind in dict.fromkeys(kind for _, kind in bars):
-        axes.plot([], [], color=colours[kind], linewidth=8, label=kind)
+        axes.plot([], [], color=COLOURS[kind], linewidth=8, label=kind)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds from the step's start")
@@ -1176,67 +1034,64 @@ def time_line(run):
     return figure
 
 
-OVERVIEW = {
-    "loss": "training/loss",
-    "real tokens a second": "speed/tokens_per_second",
-    "share of the step": "phases/.*",
-    "learning rate": "training/learning_rate",
-    "gradient norm": "training/gradient_norm",
-    "memory, GiB": "speed/peak_memory_gib",
-}
+OVERVIEW = {"loss": "training/loss", "real tokens a second": "speed/tokens_per_second"}
+OVERVIEW |= {"share of the step": "phases/.*", "learning rate": "training/learning_rate"}
+OVERVIEW |= {"gradient norm": "training/gradient_norm", "memory, GiB": "speed/peak_memory_gib"}
 
 
 def write_board(run, record):
     """All of TensorBoard's events at once, so that no curve of a resumed run is there twice."""
     from torch.utils.tensorboard import SummaryWriter
 
-    folder = run["folder"] / "tensorboard"
-    for earlier in folder.glob("events.out.tfevents.*"):  # of an end that failed
-        earlier.unlink()
-    with SummaryWriter(folder) as writer:
+    for earlier in (run["folder"] / "tensorboard").glob("events.out.tfevents.*"):
+        earlier.unlink()  # of an end that failed
+    with SummaryWriter(run["folder"] / "tensorboard") as writer:
         charts = {question: ["Multiline", [tag]] for question, tag in OVERVIEW.items()}
         writer.add_custom_scalars({"overview": charts})
         for one in record["intervals"]:
-            seconds = one["seconds"]
             values = {f"training/{n}": one[n] for n in ("loss", "learning_rate", "gradient_norm")}
-            values["speed/tokens_per_second"] = one["tokens"] / seconds
+            values["speed/tokens_per_second"] = one["tokens"] / one["seconds"]
             values["speed/peak_memory_gib"] = one["memory_gib"]
-            shares = {f"phases/{name}": spent / seconds for name, spent in one["phases"].items()}
-            for name, value in (values | shares).items():
-                writer.add_scalar(name, value, one["step"])
+            values |= {f"phases/{name}": s / one["seconds"] for name, s in one["phases"].items()}
+            for name in values.keys() - {f"phases/{n}" for n in record.get("phases_override", {})}:
+                writer.add_scalar(name, values[name], one["step"])
         scores = ("exact_match", "f1", "steady_epoch_seconds", "train_seconds")
         scores = {f"result/{name}": get(run, name) for name in scores if is_number(get(run, name))}
-        settings = run["results"]["arguments"].items()
-        settings = {name: value for name, value in settings if isinstance(value, (str, int, float))}
+        given = record["arguments"].items()
+        settings = {name: one for name, one in given if isinstance(one, (str, int, float))}
         writer.add_hparams(settings, scores, run_name=".")  # a name of its own would be a run more
-        for name in ("environment", "times", "throughput", "answers", "phases"):
-            writer.add_text(name, TABLES[name]([run]))
-        if run["timings"]["operators"]:
-            writer.add_text("operators", f"```\n{run['timings']['operators']}\n```")
-        if newest_traces(run):
-            writer.add_text("traces", trace_table([run]))
+        names = ("environment", "times", "throughput", "answers", "phases")
+        texts = {name: TABLES[name]([run]) for name in names} | {"traces": trace_table([run])}
+        texts["operators"] = f"```\n{run['timings']['operators'] or MISSING}\n```"
+        for name, text in texts.items():
+            writer.add_text(name, text)
+        if read_traces(run):
             writer.add_figure("one profiled step", time_line(run))
 
 
 def write_whole(path, content):
     """Under another name, then renamed: what is there is whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def finish(folder):
     """From train.py's raw record: TensorBoard, timings.json, the block and, last, results.json."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # told to stop: it ends in seconds anyway
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         record, folder = json.load(sys.stdin), pathlib.Path(folder)
         results, timings = derive(record)
         run = load_run(folder, results, timings)
+        talked = [trace for trace in read_traces(run).values() if trace["communication in all"]]
+        if "exposed_communication" in record.get("phases_override", {}) and talked:
+            share = statistics.mean(trace["exposed communication"] for trace in talked)
+            spent = share * sum(steady(run, "seconds"))  # fsdp hands over no buckets: traces tell
+            timings["phases"]["exposed_communication"] = {"seconds": spent, "share": share}
         write_board(run, record)
         write_whole(folder / "timings.json", timings)
         print("\n--- results " + "-" * 60, block(run), "-" * 72, sep="\n", flush=True)
@@ -1245,50 +1100,25 @@ def finish(folder):
         fault(f"--finish {folder}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-CHARTS = {
-    "runs": speed_chart,
-    "ladder": lambda runs: speed_chart(rungs(runs), "The ladder: real tokens a second"),
-    "scaling": scaling_chart,
-    "phases": phases_chart,
-    "tokens": tokens_chart,
+CHARTS = {"runs": speed_chart, "scaling": scaling_chart, "phases": phases_chart}
+CHARTS |= {"tokens": tokens_chart, "ladder": lambda runs: speed_chart(rungs(runs))}
+PLAIN = {  # caption, then the columns
+    "runs": "A row a run.|run|nodes x ranks|settings|batch|epoch s|training s|tokens/s|MFU|padding|peak GiB a rank|EM|F1",
+    "times": "Seconds; the first is the headline, an epoch's real tokens at the steady tokens/s.|run|epoch s|training s|warm-up s|preparing s|evaluating s|in all s|each epoch s|features cached|resumed from",
+    "throughput": "Steady state: warm-up, the profiler's steps, saves and waits for them are out; real tokens only.|run|tokens/s|features/s|padding|MFU|peak GiB a rank|nodes x ranks|steps",
+    "answers": "Percent, on the whole validation file, once, at the end.|run|EM|F1|the BERT paper's EM / F1|scorer",
+    "memory": "The most that a rank held; on a CPU all of its process.|run|nodes x ranks|settings|features a rank and pass|parameters|peak GiB a rank",
 }
-STEADY = "Steady state: warm-up, the profiler's steps, saves and waits for them are out; real tokens only."
-TABLES = {
-    "runs": plain(
-        "A row a run.",
-        "run|nodes x ranks|settings|batch|epoch s|training s|tokens/s|MFU|padding|peak GiB a rank|EM|F1",
-    ),
-    "times": plain(
-        "Seconds; the first is the headline, an epoch's real tokens at the steady tokens/s.",
-        "run|epoch s|training s|warm-up s|preparing s|evaluating s|in all s|each epoch s|features cached|resumed from",
-    ),
-    "throughput": plain(
-        STEADY, "run|tokens/s|features/s|padding|MFU|peak GiB a rank|nodes x ranks|steps"
-    ),
-    "answers": plain(
-        "Percent, on the whole validation file, once, at the end.",
-        "run|EM|F1|the BERT paper's EM / F1|scorer",
-    ),
-    "memory": plain(
-        "The most that a rank held; on a CPU all of its process.",
-        "run|nodes x ranks|settings|features a rank and pass|parameters|peak GiB a rank",
-    ),
-    "environment": environment_table,
-    "speed-up": speed_up_table,
-    "seeds": seeds_table,
-    "ladder": ladder_table,
-    "scaling": scaling_table,
-    "strategies": strategies_table,
-    "phases": phases_table,
-    "trace": trace_table,
-}
+TABLES = {name: plain(*text.split("|")) for name, text in PLAIN.items()}
+TABLES |= {"environment": environment_table, "speed-up": speed_up_table, "seeds": seeds_table}
+TABLES |= {"ladder": ladder_table, "scaling": scaling_table, "strategies": strategies_table}
+TABLES |= {"phases": phases_table, "trace": trace_table}
 MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured"]
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py left")
     names = f"{', '.join(TABLES)}; for FILE.json {', '.join(MEASURED)}"
     parser.add_argument("--table", choices=[*TABLES, *MEASURED], metavar="NAME", help=names)
@@ -1303,12 +1133,16 @@ def main():
         return finish(options.finish)
     if not options.runs:
         fault("no RUN: give the folder of a finished run")
-    if options.table in MEASURED:
-        return print("\n\n".join(map(measured_table, options.runs)))
-    runs = load_runs(options.runs)
-    chosen = [TABLES[options.table](runs)] if options.table else []
-    chosen += [CHARTS[options.chart](runs)] if options.chart else []
-    print("\n\n".join(chosen) or report(runs))
+    try:
+        if options.table in MEASURED:
+            return print("\n\n".join(map(measured_table, options.runs)))
+        runs = load_runs(options.runs)
+        chosen = [TABLES[options.table](runs)] if options.table else []
+        chosen += [CHARTS[options.chart](runs)] if options.chart else []
+        print("\n\n".join(chosen) or report(runs))
+    except ODD as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        fault(f"{' '.join(options.runs)}: a value is not as train.py writes it ({what})")
 
 
 if __name__ == "__main__":
