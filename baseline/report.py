@@ -29,6 +29,7 @@ import shlex
 import signal
 import socket
 import statistics
+import string
 import subprocess
 import sys
 import zlib
@@ -1079,12 +1080,64 @@ def write_whole(path, content):
     temporary.replace(path)
 
 
+def normalise(text):
+    """The official scorer's words: lower case, no punctuation, no articles."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def score(predictions, texts):
+    """Returns exact_match and f1 in percent, and whose scorer said so: evaluate's squad metric if
+    it is in the cache, else our own. Both are SQuAD v1.1's official one (Rajpurkar et al. 2016)."""
+    gold = {i: [text for _, text in answers] for i, answers in zip(texts["ids"], texts["answers"])}
+    home = pathlib.Path(os.environ.get("HF_HOME") or pathlib.Path.home() / ".cache/huggingface")
+    home = pathlib.Path(os.environ.get("HF_MODULES_CACHE") or home / "modules")
+    if (home / "evaluate_modules/metrics/evaluate-metric--squad").is_dir():
+        os.environ["HF_EVALUATE_OFFLINE"] = "1"
+        try:
+            import evaluate
+
+            told = [{"id": i, "prediction_text": predictions[i]} for i in gold]
+            right = [{"text": gold[i], "answer_start": [0] * len(gold[i])} for i in gold]
+            right = [{"id": i, "answers": answers} for i, answers in zip(gold, right)]
+            scores = evaluate.load("squad").compute(predictions=told, references=right)
+            return {name: float(scores[name]) for name in PAPER} | {"scorer": "evaluate"}
+        except Exception as error:  # noqa: BLE001 a broken cache must not cost a run its score
+            print(f"evaluate's squad metric does not load ({type(error).__name__}): using our own")
+    exact = f1 = 0.0
+    for name, answers in gold.items():
+        said, best = normalise(predictions[name]), 0.0
+        for words in map(normalise, answers):
+            same = sum((collections.Counter(said) & collections.Counter(words)).values())
+            best = max(best, 2 * same / (len(said) + len(words)) if same else 0.0)
+        exact += any(said == normalise(answer) for answer in answers)
+        f1 += best
+    return {"exact_match": 100 * exact / len(gold), "f1": 100 * f1 / len(gold), "scorer": "own"}
+
+
+def measure_model(folder):
+    """Returns layers, hidden size, parameters, and the weights of the encoder's and head's matrices."""
+    config = json.loads((folder / "config.json").read_text())
+    layers = config.get("num_hidden_layers", config.get("n_layers"))
+    with open(folder / "model.safetensors", "rb") as file:  # 8 bytes of length, then JSON
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    shapes = {name: one["shape"] for name, one in header.items() if name != "__metadata__"}
+    matrices = [s for name, s in shapes.items() if len(s) == 2 and "embeddings." not in name]
+    found = {"layers": layers, "hidden_size": config.get("hidden_size", config.get("dim"))}
+    found["parameters"] = sum(math.prod(shape) for shape in shapes.values())
+    return found | {"matrix_weights": sum(math.prod(shape) for shape in matrices)}
+
+
 def finish(folder):
     """From train.py's raw record: TensorBoard, timings.json, the block and, last, results.json."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # told to stop: it ends in seconds anyway
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         record, folder = json.load(sys.stdin), pathlib.Path(folder)
+        if "predictions" in record:
+            write_whole(folder / "predictions.json", record["predictions"])
+            record |= score(record.pop("predictions"), record.pop("texts"))
+            record |= measure_model(folder / "model")
         results, timings = derive(record)
         run = load_run(folder, results, timings)
         talked = [trace for trace in read_traces(run).values() if trace["communication in all"]]
