@@ -1134,6 +1134,8 @@ def finish(folder):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         record, folder = json.load(sys.stdin), pathlib.Path(folder)
+        if os.environ.get("ALL_REDUCE"):  # DISTRIBUTED/all_reduce.py's, from before the training
+            record["all_reduce"] = json.loads(os.environ["ALL_REDUCE"])
         if "predictions" in record:
             write_whole(folder / "predictions.json", record["predictions"])
             record |= score(record.pop("predictions"), record.pop("texts"))
