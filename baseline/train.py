@@ -307,8 +307,7 @@ def prepare_features(path, split, tokenizer, args):
 # 4. Batches
 def plan_epoch(lengths, args, epoch):
     """Returns the epoch's batches as feature numbers [steps, batch size]; -1 fills the last one.
-    padded, dynamic: at random. bucketed: neighbours in length. packed: one of each length stratum,
-    so that every batch has nearly the same number of tokens."""
+    padded, dynamic: at random; bucketed: alike in length; packed: one of each length stratum."""
     random = np.random.default_rng((args.seed, epoch))
     order, size = random.permutation(len(lengths)), args.batch_size
     full, rest = divmod(len(lengths), size)
@@ -369,9 +368,8 @@ def plan_training(lengths, args):
 
 def make_batch(features, chosen, shapes, longest):
     """Cuts a micro-batch out of the tokens on the device, with no word to the host.
-    chosen [rows]: feature numbers or -1. Returns the model's inputs [rows, longest] or [1, tokens],
-    and for the loss: the places of a sequence's tokens among all, and which are real, both [rows,
-    longest]; labels [rows, 2]; weights [rows]."""
+    chosen [rows]: feature numbers or -1. Returns the model's inputs [rows, longest] or [1, tokens];
+    the places of a sequence's tokens, which are real [rows, longest]; labels [rows, 2], weights."""
     table = features["table"]
     device, rows = chosen.device, shapes["rows"]
     weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
@@ -748,7 +746,6 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
             norms[step - read] = torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-
         begin, done = time.perf_counter(), step + 1
         if profiler:
             profiler.step()  # after the third it writes the trace
@@ -783,8 +780,10 @@ def run(args):
     torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
     environment = subprocess.run([sys.executable, REPORT, "--environment"], capture_output=True)
     environment = json.loads(environment.stdout or "{}")
-    what = f"{HERE.name}: {args.model}, {args.precision} on {args.device_type}"
-    log(f"{what}, {args.batching} batches, torch {torch.__version__}, to {output}")
+    what = "the sample" if args.sample else args.model
+    log(
+        f"{HERE.name}: {what}, {args.precision} on {args.device_type}, {args.batching}, to {output}"
+    )
     lock = open_output(output) if not args.prepare else None
     tokenizer, config = load_tokenizer(args)
     begin = time.perf_counter()
@@ -830,7 +829,6 @@ def run(args):
         if os.environ.get("REQUEUE_MARKER"):  # asks SLURM's script to requeue
             Path(os.environ["REQUEUE_MARKER"]).write_text(STOP[0])
         return log(f"stopped by {STOP[0]} at step {state['step']:,}: the same command goes on")
-
     results = {"evaluate_seconds": time.perf_counter() - begin, "prepare_seconds": prepared} | state
     results |= {"predictions": predictions, "texts": validation["texts"], "command": sys.argv}
     results |= {"arguments": vars(args), "environment": environment, "train_features": counts}
@@ -869,7 +867,7 @@ def main():
     except torch.OutOfMemoryError as error:
         message, code = f"out of memory: raise --accumulate ({str(error)[:150]})", 1
     if code:
-        print("error:", " ".join(message.split())[:600], file=sys.stderr, flush=True)
+        log("error:", " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(code)
 
 
