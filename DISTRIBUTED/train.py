@@ -1,12 +1,12 @@
 """Train BERT on SQuAD v1.1, as fast as it goes, and measure where the time went.
-# DDP: each place marked so differs from baseline/train.py and says why; all else is the same.
-    sbatch DISTRIBUTED/run_2x2.sbatch [options] on a cluster: two nodes with two A100 each
-    bash DISTRIBUTED/run_2x2.sbatch --sample    on a laptop: two "nodes" of two processes each
+
+# DDP: each place marked so is what distribution takes, and says why; all else is baseline/train.py.
+    sbatch baseline/run.sbatch [options]          on a cluster: one A100
+    sbatch DISTRIBUTED/run_2x2.sbatch [options]   two nodes with two A100 each
+    bash baseline/run.sbatch --sample             on a laptop: the whole path in a minute
 
 It leaves in --output: results.json, timings.json, predictions.json, model/ and tensorboard/; under
-way also checkpoint.pt, from which the same command goes on. Read it as data flows: 1 arguments,
-2 set-up, 3 data to features, 4 batches, 5 model, 6 optimiser and schedule, 7 timing, 8 checkpoints
-and signals, 9 evaluation, 10 training, 11 main.
+way also checkpoint.pt, from which the same command goes on. Read it as data flows, from 1 to 11.
 """
 
 import argparse, collections, contextlib, difflib, fcntl, functools, hashlib, json, math, os
@@ -39,6 +39,9 @@ PHASES = ("data", "forward", "backward", "optimizer", "exposed_communication")
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 RANK, LOCAL, WORLD = (int(os.environ.get(name, name == "WORLD_SIZE")) for name in names)
 log = functools.partial(print, flush=True) if RANK == 0 else lambda *_, **__: None
+progress = functools.partial(tqdm, file=sys.stdout, leave=False, delay=2, miniters=1, disable=RANK)
+if not sys.stdout.isatty():  # a SLURM log: a line every 10 s, no bar
+    progress.keywords.update(mininterval=10, bar_format="  {desc}: {percentage:.0f} %\n")
 
 
 class Problem(Exception):
@@ -167,11 +170,11 @@ def tell(problem, facts=None):
         os._exit(0 if file else 2)
 
 
-def agree(device, *values):
-    """DDP: Returns the most that any rank says of each value."""
+def agree(device, values):
+    """DDP: Returns the most that any rank says of each value, as an array."""
     values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()
+    return values.cpu().numpy()
 
 
 def whole(tensor, like=None):
@@ -179,13 +182,6 @@ def whole(tensor, like=None):
     if hasattr(like, "placements") and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def progress(items, what):
-    """Yields the items, telling how far it is: a bar in a terminal, else a line every 10 s."""
-    how = {"mininterval": 10, "bar_format": "  {desc}: {percentage:.0f} %, {remaining} left\n"}
-    how = {} if sys.stdout.isatty() else how
-    return tqdm(items, what, file=sys.stdout, leave=False, delay=2, miniters=1, **how)
 
 
 def write_whole(path, write):
@@ -761,7 +757,7 @@ def answer_texts(best, features):
 def evaluate_model(args, device, model, features):
     """Returns the predictions {question id: answer}, or None where the run was told to stop."""
     model.eval()
-    lengths, best = features["lengths"], np.zeros((len(features["lengths"]), 4))
+    lengths, best = features["lengths"], np.full((len(features["lengths"]), 4), -np.inf)
     order = np.argsort(-lengths, kind="stable")  # neighbours in a batch are alike
     cuts = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // EVALUATION_TOKENS)) + 1
     for windows in progress(np.split(order, cuts)[RANK::WORLD], "evaluating"):  # DDP: whole ones
@@ -776,10 +772,8 @@ def evaluate_model(args, device, model, features):
         with torch.compiler.set_stance("force_eager"):
             logits = span_logits(model, batch, args)
         best[windows] = best_spans(logits.cpu().numpy(), windows, features)
-    total = torch.tensor(best, device=device)
-    dist.all_reduce(total)  # DDP: a window's row is 0 on all ranks but one
-    best = total.cpu().numpy()
-    STOP.extend(["another rank"] * int(agree(device, len(STOP))[0]))
+    best = agree(device, best)  # DDP: a window's row is -inf on all ranks but one
+    STOP.extend(["another rank"] * int(agree(device, [len(STOP)])[0]))
     return None if STOP else answer_texts(best, features)
 
 
@@ -826,7 +820,7 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
     for step in range(first, steps):
         if step == warm < profiled:
             schedule = torch.profiler.schedule(wait=0, warmup=1, active=2, repeat=1)
-            trace = (f"{output}/tensorboard", f"rank{RANK}", True)
+            trace = (f"{output}/tensorboard", f"rank{RANK}", True)  # DDP: each its own
             write = torch.profiler.tensorboard_trace_handler(*trace)
             profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
             profiler.start()
@@ -847,7 +841,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
                 loss.backward()
             losses[step - read] += loss.detach()
         with clock("optimizer"):
-            norms[step - read] = whole(torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0))
+            norm = torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
+            norms[step - read] = whole(norm)  # DDP: of all the parts
             optimizer.step()
             optimizer.zero_grad()
         begin, done = time.perf_counter(), step + 1
@@ -860,7 +855,7 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
         due = done % args.save_every == 0 if args.save_every else begin - saved > SAVE_SECONDS
         # DDP: all ranks save and stop at the same step. Asking is a wait, so not at every step.
         ask = done % every == 0 or device.type == "cpu" or bool(args.save_every and due)
-        stop, due = agree(device, len(STOP), due) if ask else (0, 0)
+        stop, due = agree(device, [len(STOP), due]) if ask else (0, 0)
         if done % every == 0 or done == steps or due or stop:
             flush(done)
         if stop:
@@ -953,10 +948,15 @@ def run(args):
     if plan:
         results["steps_an_epoch"] = plan["steps_an_epoch"]
         results |= {f"{n}_per_step": plan[n].tolist() for n in ("tokens", "computed")}
+    mine = plan["shares"][plan["shares"] >= 0] if plan else []
     busy = sum(each["phases"][name] for each in state["intervals"] for name in PHASES[:4])
-    most = agree(device, peak_memory(device), busy, -busy)  # DDP: the slowest and the fastest rank
-    results |= {"peak_memory_gib": most[0], "ranks": {"slowest": most[1], "fastest": -most[2]}}
-    results |= {"world_size": WORLD, "nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1))}
+    mine = {"rank": RANK, "seconds": busy, "tokens": int(features["lengths"][mine].sum())}
+    ranks = [None] * WORLD  # DDP: who was slowest, and whether its share was the largest
+    dist.all_gather_object(ranks, mine)
+    ranks.sort(key=lambda each: each["seconds"])
+    results |= {"ranks": {"fastest": ranks[0], "slowest": ranks[-1]}, "world_size": WORLD}
+    results["nodes"] = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    results["peak_memory_gib"] = agree(device, [peak_memory(device)]).item()
     dist.destroy_process_group()
     if RANK:  # what is left to do is rank 0's
         return

@@ -1,12 +1,11 @@
 """Train BERT on SQuAD v1.1, as fast as it goes, and measure where the time went.
 
-    sbatch baseline/run.sbatch [options]        on a cluster: one A100
-    bash baseline/run.sbatch --sample           on a laptop: the whole path in about a minute
+    sbatch baseline/run.sbatch [options]          on a cluster: one A100
+    sbatch DISTRIBUTED/run_2x2.sbatch [options]   two nodes with two A100 each
+    bash baseline/run.sbatch --sample             on a laptop: the whole path in a minute
 
 It leaves in --output: results.json, timings.json, predictions.json, model/ and tensorboard/; under
-way also checkpoint.pt, from which the same command goes on. Read it as data flows: 1 arguments,
-2 set-up, 3 data to features, 4 batches, 5 model, 6 optimiser and schedule, 7 timing, 8 checkpoints
-and signals, 9 evaluation, 10 training, 11 main.
+way also checkpoint.pt, from which the same command goes on. Read it as data flows, from 1 to 11.
 """
 
 import argparse, collections, contextlib, difflib, fcntl, functools, hashlib, json, math, os
@@ -32,6 +31,9 @@ EVALUATION_TOKENS, N_BEST, MAX_ANSWER_TOKENS = 8192, 20, 30  # a batch; the usua
 STOP = []  # the signals that asked this run to stop
 PHASES = ("data", "forward", "backward", "optimizer")
 log = functools.partial(print, flush=True)
+progress = functools.partial(tqdm, file=sys.stdout, leave=False, delay=2, miniters=1)
+if not sys.stdout.isatty():  # a SLURM log: a line every 10 s, no bar
+    progress.keywords.update(mininterval=10, bar_format="  {desc}: {percentage:.0f} %\n")
 
 
 class Problem(Exception):
@@ -127,13 +129,6 @@ def parse_arguments(argv=None):
 
 
 # 2. Set-up
-def progress(items, what):
-    """Yields the items, telling how far it is: a bar in a terminal, else a line every 10 s."""
-    how = {"mininterval": 10, "bar_format": "  {desc}: {percentage:.0f} %, {remaining} left\n"}
-    how = {} if sys.stdout.isatty() else how
-    return tqdm(items, what, file=sys.stdout, leave=False, delay=2, miniters=1, **how)
-
-
 def write_whole(path, write):
     """Calls write(file) under another name, flushes, renames: the file is there whole or not."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -664,7 +659,7 @@ def answer_texts(best, features):
 def evaluate_model(args, device, model, features):
     """Returns the predictions {question id: answer}, or None where the run was told to stop."""
     model.eval()
-    lengths, best = features["lengths"], np.zeros((len(features["lengths"]), 4))
+    lengths, best = features["lengths"], np.full((len(features["lengths"]), 4), -np.inf)
     order = np.argsort(-lengths, kind="stable")  # neighbours in a batch are alike
     cuts = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // EVALUATION_TOKENS)) + 1
     for windows in progress(np.split(order, cuts), "evaluating"):
@@ -743,7 +738,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
                 loss.backward()
             losses[step - read] += loss.detach()
         with clock("optimizer"):
-            norms[step - read] = torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
+            norms[step - read] = norm
             optimizer.step()
             optimizer.zero_grad()
         begin, done = time.perf_counter(), step + 1
