@@ -17,6 +17,7 @@ import importlib.util, json, os, sys, time, traceback
 spec = importlib.util.spec_from_file_location("train", sys.argv[1])
 train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
+print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
@@ -82,6 +83,7 @@ def nursery(cache):
     environment.pop("REQUEUE_MARKER", None)
     command = [sys.executable, "-c", NURSERY, str(TRAIN)]
     with subprocess.Popen(command, env=environment, **how) as process:
+        assert process.stdout.readline() == "ready\n"
         yield process
         process.stdin.close()
 
