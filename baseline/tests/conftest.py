@@ -104,6 +104,7 @@ def start(nursery, tmp_path):
 def load_script(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # torch.compile looks functions' modules up by name
     spec.loader.exec_module(module)
     return module
 
