@@ -1,0 +1,347 @@
+"""The sbatch scripts on a real SLURM cluster of two nodes: .ci/slurm-cluster, as root.
+
+Each node has its own address and loopback and no internet; its two A100 are device files, so SLURM
+hands them out, and the ranks train on the CPU through gloo.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / ".ci/slurm-cluster"
+SHARED = ROOT.parent / "shared"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+SHORT = ["--sample", "--limit", "57", "--max-steps", "12", "--log-every", "2", "--no-profile"]
+
+
+def cluster(*words):
+    return subprocess.run(
+        [CLUSTER, *words], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+class Slurm:
+    def __init__(self, root, environment):
+        self.root, self.environment, self.jobs = root, environment, []
+
+    def __call__(self, *command):
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, *argv, options=(), **more):
+        before = self.environment
+        self.environment = before | more
+        try:
+            job = self("sbatch", "--parsable", *options, *argv).split(";")[0]
+        finally:
+            self.environment = before
+        self.jobs.append(job)
+        return job
+
+    def log(self, job):
+        found = [*self.root.glob(f"*-{job}.log")]
+        return found[0].read_text(errors="replace") if found else ""
+
+    def show(self, job, field):
+        found = re.search(rf"\b{field}=(\S*)", self("scontrol", "show", "job", job))
+        return found[1] if found else ""
+
+    def wait(self, job, truth, seconds):
+        until = time.monotonic() + seconds
+        while not truth():
+            if time.monotonic() > until:
+                log, state = self.log(job)[-3000:], self.show(job, "JobState")
+                self("scancel", job)
+                pytest.fail(f"job {job} is {state} after {seconds} s:\n{log}")
+            time.sleep(0.3)
+
+    def finish(self, job, seconds=300):
+        """Waits for the end; returns state and exit code as SLURM tells them."""
+        self.wait(job, lambda: self.show(job, "JobState") in ENDED, seconds)
+        return self.show(job, "JobState"), self.show(job, "ExitCode")
+
+    def done(self, job, seconds=300):
+        state, code = self.finish(job, seconds)
+        assert (state, code) == ("COMPLETED", "0:0"), f"{state} {code}:\n{self.log(job)[-4000:]}"
+        return self.log(job)
+
+    def result(self, folder, name="results.json"):
+        return json.loads((self.root / folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A copy of the project in a folder with a space in its name, and a cluster to send it to."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: .ci/slurm-cluster makes network namespaces")
+    for tool in ("slurmctld", "slurmd", "munged", "ip"):
+        if not shutil.which(tool):
+            pytest.skip(f"needs {tool}: apt-get install slurm-wlm munge iproute2 (.ci/run does)")
+    was_up = cluster("status").returncode == 0
+    up = cluster("up")
+    if up.returncode != 0:
+        pytest.skip(f"the cluster does not start on this machine: {up.stderr.strip()[-300:]}")
+    root = tmp_path_factory.mktemp("clu ster") / "pro ject"
+    for name in ("baseline", "DISTRIBUTED"):
+        shutil.copytree(
+            ROOT / name,
+            root / name,
+            ignore=shutil.ignore_patterns("tests", "results", "__pycache__"),
+        )
+    shutil.copy(ROOT / "requirements.txt", root)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+    environment |= dict(re.findall(r"^export (\w+)=(\S+)$", up.stdout, re.MULTILINE))
+    environment |= {"VENV": os.environ.get("VENV") or sys.prefix, "OMP_NUM_THREADS": "1"}
+    environment |= {"SQUAD_CACHE": str(root.parent / "cache")}
+    for name in ("HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "ALL_REDUCE"):
+        environment.pop(name, None)
+    one = Slurm(root, environment)
+    yield one
+    for job in one.jobs:
+        with contextlib.suppress(AssertionError):
+            one("scancel", "--signal=KILL", "--full", job)
+            one("scancel", job)
+    if not was_up:
+        cluster("down")
+
+
+# 1. Each deliverable as the course asks for it
+
+
+def test_baseline_in_a_folder_with_a_space(slurm):
+    job = slurm.submit("baseline/run.sbatch", *SHORT)
+    slurm.done(job)
+    results = slurm.result(f"runs/baseline-{job}")
+    assert (results["steps"], results["world_size"]) == (12, 1)
+    assert str(results["environment"]["slurm_job_id"]) == job
+
+
+def test_four_ranks_on_two_nodes(slurm):
+    """Quick: everything but the memorising. Both nodes tell their addresses; a trace of each rank."""
+    argv = [word for word in SHORT if word != "--no-profile"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
+    log = slurm.done(job)
+    results = slurm.result(f"runs/DISTRIBUTED-{job}")
+    assert (results["world_size"], results["nodes"], results["steps"]) == (4, 2, 12)
+    assert re.search(
+        r"^node 0 of 2: c1-1 at \S*10.77.77.11.* meets the others at a100-01", log, re.MULTILINE
+    )
+    assert re.search(r"^node 1 of 2: c1-2 at \S*10.77.77.12", log, re.MULTILINE)
+    assert results["all_reduce"]["link"] == "gloo on eth0"
+    traces = (slurm.root / f"runs/DISTRIBUTED-{job}/tensorboard").glob("*.pt.trace.json*")
+    assert sorted(file.name[:5] for file in traces) == ["rank0", "rank1", "rank2", "rank3"]
+    ranks = slurm.result(f"runs/DISTRIBUTED-{job}", "timings.json")["ranks"]
+    assert ranks["slowest"]["seconds"] >= ranks["fastest"]["seconds"]
+
+
+@pytest.mark.slow
+def test_four_ranks_memorise_the_sample_as_baseline_does(slurm):
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", "--sample")
+    one = slurm.submit("baseline/run.sbatch", "--sample", options=["-d", f"afterany:{job}"])
+    slurm.done(job, 600)
+    slurm.done(one, 900)
+    many, single = slurm.result(f"runs/DISTRIBUTED-{job}"), slurm.result(f"runs/baseline-{one}")
+    assert many["world_size"] == 4 and many["exact_match"] >= 90 and single["exact_match"] >= 90
+
+
+STRATEGIES = {
+    "zero1": ["--strategy", "zero1"],
+    "fsdp": ["--strategy", "fsdp"],
+    "dp": ["--strategy", "dp", "--batching", "bucketed"],
+    "bf16 gradients": ["--gradients", "bf16"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_each_strategy(slurm, name):
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *SHORT, *STRATEGIES[name])
+    slurm.done(job)
+    results = slurm.result(f"runs/DISTRIBUTED-{job}")
+    assert results["world_size"] == (1 if name == "dp" else 4)
+    if name == "dp":
+        return
+    other = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *SHORT)
+    slurm.done(other)
+    pairs = [
+        slurm.result(f"runs/DISTRIBUTED-{j}", "timings.json")["intervals"] for j in (job, other)
+    ]
+    losses = [[one["loss"] for one in each] for each in pairs]
+    close = 0.05 if name == "bf16 gradients" else 1e-4
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < close
+
+
+@pytest.mark.slow
+def test_real_questions_on_two_nodes(slurm):
+    minilm, data = SHARED / "minilm", SHARED / "squad"
+    if not minilm.exists() or not data.exists():
+        pytest.skip("../shared/minilm and ../shared/squad are not here")
+    argv = ["--model", minilm, "--train-file", data / "train.json", "--limit", "100"]
+    argv += ["--validation-file", data / "dev.json", "--max-steps", "12", "--no-profile"]
+    log = slurm.done(slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv), 900)
+    assert "exact match" in log
+
+
+@pytest.mark.slow
+def test_scaling_shortened(slurm):
+    job = slurm.submit(
+        "DISTRIBUTED/scaling.sbatch", *SHORT, SCALING_REPEATS="1", SCALING_RULES="strong"
+    )
+    log = slurm.done(job, 900)
+    for shape in ("1x1", "1x2", "2x1", "2x2"):
+        assert re.search(rf"\| strong \| {shape} \|", log), log[-3000:]
+    assert "gloo on eth0" in log.split("batch rule")[1]
+
+
+# 2. Stopped, cancelled, cut
+
+
+def stopped_at(slurm, job, seconds=240):
+    """Waits until training is under way."""
+    slurm.wait(job, lambda: re.search(r"^step \d+/", slurm.log(job), re.MULTILINE), seconds)
+
+
+@pytest.mark.slow
+def test_a_short_time_limit_finishes_through_requeues(slurm):
+    """SLURM's limits are in minutes; --signal comes at half of one, so each life trains for 30 s."""
+    argv = ["--sample", "--epochs", "40", "--log-every", "2", "--no-profile", "--output", "runs/limit"]
+    job = slurm.submit(
+        "DISTRIBUTED/run_2x2.sbatch", *argv, options=["--time=1", "--signal=B:USR1@20"]
+    )
+    log = slurm.done(job, 900)
+    results = slurm.result("runs/limit")
+    assert results["steps"] == 40 * 24 and len(results["resumed_from_steps"]) >= 1
+    assert results["resumed_from_steps"] == sorted(set(results["resumed_from_steps"]))
+    assert results["repeated_steps"] == 0, "told to stop, it loses nothing"
+    assert results["environment"]["restarts"] >= 1
+    assert "goes back to the queue" in log and "life 2" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["baseline/run.sbatch", "DISTRIBUTED/run_2x2.sbatch"])
+def test_the_warning_saves_and_requeues(slurm, script):
+    argv = ["--sample", "--epochs", "10", "--log-every", "2", "--no-profile"]
+    output = f"runs/usr1-{script[:4]}"
+    job = slurm.submit(script, *argv, "--output", output)
+    stopped_at(slurm, job)
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    slurm.done(job, 600)
+    results = slurm.result(output)
+    assert len(results["resumed_from_steps"]) == 1 and results["repeated_steps"] == 0
+    assert results["steps"] == 240
+
+
+@pytest.mark.slow
+def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm):
+    argv = ["--sample", "--epochs", "200", "--log-every", "2", "--no-profile", "--output", "runs/cancelled"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
+    stopped_at(slurm, job)
+    begin = time.monotonic()
+    slurm("scancel", job)
+    slurm.wait(job, lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "", 100)
+    assert time.monotonic() - begin < 60
+    for node in (1, 2):
+        left = subprocess.run(
+            ["ip", "netns", "pids", f"node{node}"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        commands = [pathlib.Path(f"/proc/{p}/cmdline") for p in left]
+        assert not [c for c in commands if c.exists() and b"runs/cancelled" in c.read_bytes()]
+    assert not (slurm.root / "runs/cancelled/results.json").exists()
+
+
+@pytest.mark.slow
+def test_a_node_whose_link_is_cut(slurm):
+    """The ranks end within three minutes; the job as soon as SLURM gives the node up, and the run
+    goes on from its checkpoint when the node is back."""
+    argv = (
+        ["--sample", "--epochs", "200", "--log-every", "2", "--save-every", "4", "--no-profile", "--output", "runs/cut"]
+    )
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, options=["--no-requeue"])
+    slurm.wait(job, lambda: (slurm.root / "runs/cut/checkpoint.pt").exists(), 240)
+    assert cluster("cut", "2").returncode == 0
+    try:
+        begin = time.monotonic()
+
+        def ranks():
+            pids = [
+                p
+                for node in (1, 2)
+                for p in subprocess.run(
+                    ["ip", "netns", "pids", f"node{node}"],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                ).stdout.split()
+            ]
+            commands = []
+            for pid in pids:
+                with contextlib.suppress(OSError):
+                    commands.append(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+            return [c for c in commands if b"runs/cut" in c and b"distributed.run" not in c]
+
+        while [c for c in ranks() if b"python" in c.split(b"\0")[0]]:
+            assert time.monotonic() - begin < 190, "ranks still run\n" + slurm.log(job)[-3000:]
+            time.sleep(1)
+        slurm.wait(job, lambda: slurm.show(job, "JobState") in ENDED, 240)
+        assert re.search(r"rank\W*\d", slurm.log(job)), slurm.log(job)[-3000:]
+    finally:
+        cluster("mend", "2")
+    slurm.wait(job, lambda: cluster("status").returncode == 0, 120)
+    again = [*argv[:1], "--epochs", "200", *argv[3:], "--device", "cpu"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *again)
+    stopped_at(slurm, job)
+    assert re.search(r"going on from step \d+", slurm.log(job))
+    slurm("scancel", job)
+    slurm.finish(job, 120)
+
+
+# 3. Nodes that cannot meet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("address", "words"), [("", "no address"), ("127.0.0.1", "cannot meet there")]
+)
+def test_a_wrong_master_addr(slurm, address, words):
+    begin = time.monotonic()
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *SHORT, MASTER_ADDR=address)
+    state, _ = slurm.finish(job, 200)
+    assert state == "FAILED" and time.monotonic() - begin < 180
+    assert words in slurm.log(job)
+
+
+@pytest.mark.slow
+def test_a_wait_is_told_and_ends(slurm):
+    """An address where nobody listens: a word after 20 s, the end within three minutes."""
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *SHORT, MASTER_ADDR="10.77.77.200")
+    begin = time.monotonic()
+    slurm.wait(job, lambda: "waits since 20 s" in slurm.log(job), 90)
+    state, _ = slurm.finish(job, 240)
+    assert state == "FAILED" and time.monotonic() - begin < 200
+    assert "try MASTER_ADDR" in slurm.log(job)
+
+
+@pytest.mark.slow
+def test_bad_input_ends_with_2(slurm):
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", "--train-file", "no where.json")
+    assert slurm.finish(job) == ("FAILED", "2:0")
+    log = slurm.log(job)
+    assert log.count("error:") == 1 and "no where.json" in log and "Traceback" not in log
