@@ -198,6 +198,7 @@ def read_hub(split, limit):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     try:
         rows = datasets.load_dataset(HUB_DATA, split=split)[:limit]
     except Exception as error:  # its errors have no common class
@@ -262,15 +263,9 @@ def build_features(data, tokenizer, max_length, stride, path):
 def prepare_features(path, split, tokenizer, args):
     """Returns the features of a file, or of the hub's split: from the cache, or built and kept."""
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB_DATA + split
-    key = [
-        1,
-        source,
-        tokenizer.backend_tokenizer.to_str(),
-        args.limit,
-        args.max_length,
-        args.stride,
-    ]
-    key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    words, sizes = tokenizer.backend_tokenizer.to_str(), [args.max_length, args.stride]
+    key = json.dumps([1, source, words, args.limit, *sizes])
+    key = hashlib.sha256(key.encode()).hexdigest()[:16]
     file, features = CACHE / f"features-{key}.safetensors", None
     with contextlib.ExitStack() as stack:  # of several jobs that start at once, one builds
         with contextlib.suppress(OSError):  # a read-only cache, a file system without locks
@@ -286,8 +281,8 @@ def prepare_features(path, split, tokenizer, args):
         if not cached:
             log(f"{file} is {'damaged' if file.exists() else 'not there yet'}: building it, once")
             data = read_squad(path, args.limit) if path else read_hub(split, args.limit)
-            path = path or HUB_DATA
-            features = build_features(data, tokenizer, args.max_length, args.stride, path)
+            where = path or HUB_DATA
+            features = build_features(data, tokenizer, args.max_length, args.stride, where)
             sums = {name: zlib.crc32(features[name].data) for name in features}
             content = safetensors.numpy.save(features, {"sums": json.dumps(sums)})
             try:
@@ -565,7 +560,7 @@ def open_output(output):
     """Makes the folder, sees that it can be written, and returns its lock, held to the end."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "a+")
+        lock = open(output / ".lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Problem(f"--output {output}: another run writes there: wait, or choose another")
@@ -780,7 +775,7 @@ def run(args):
     log(
         f"{HERE.name}: {what}, {args.precision} on {args.device_type}, {args.batching}, to {output}"
     )
-    lock = open_output(output) if not args.prepare else None
+    _lock = open_output(output) if not args.prepare else None  # held to the end
     tokenizer, config = load_tokenizer(args)
     begin = time.perf_counter()
     features = prepare_features(args.train_file, "train", tokenizer, args)
@@ -844,7 +839,6 @@ def run(args):
     require(not failed, f"{REPORT} failed: mend it, and the same command goes on", 1)
     for name in ("checkpoint.pt", ".lock"):
         (output / name).unlink(missing_ok=True)
-    lock.close()
 
 
 def main():
