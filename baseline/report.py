@@ -1012,32 +1012,48 @@ def block(run):
 
 
 def time_line(run):
-    """A figure of the last profiled step: rows of phases, work and communication for each rank."""
+    """A figure of the last profiled step: for each rank its phases, its work, its communication."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    bars = {}  # (row, colour's name) -> [(begin, length)] in ms
+    bars, rows = (
+        {},
+        ("phases", "communication"),
+    )  # (rank, row, colour's name): [(begin, length)], ms
     for rank, trace in read_traces(run).items():
         found = ((row, kind, pairs) for (row, kind), pairs in trace["line"].items() if len(pairs))
-        bars |= {(f"rank {rank} {row}", kind): pairs for row, kind, pairs in found}
-    rows = sorted({row for row, _ in bars}, key=natural)
-    figure, axes = pyplot.subplots(figsize=(13, 1.2 + 0.5 * len(rows)), layout="constrained")
-    for (row, kind), pairs in bars.items():
-        axes.broken_barh(pairs, (rows.index(row) - 0.4, 0.8), facecolors=COLOURS[kind])
-    for kind in dict.fromkeys(kind for _, kind in bars):
-        axes.plot([], [], color=COLOURS[kind], linewidth=8, label=kind)
-    axes.set_yticks(range(len(rows)), rows)
+        bars |= {(rank, row if row in rows else "work", kind): pairs for row, kind, pairs in found}
+    ranks = list(dict.fromkeys(rank for rank, _, _ in bars))
+    height = max(len({row for one, row, _ in bars if one == rank}) for rank in ranks)
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.6 + 0.75 * len(ranks)), layout="constrained")
+    for (
+        rank,
+        row,
+        kind,
+    ), pairs in bars.items():  # small, so that TensorBoard's small card is legible
+        place = ranks.index(rank) * (height + 1) + ["phases", "work", "communication"].index(row)
+        axes.broken_barh(pairs, (place - 0.45, 0.9), facecolors=COLOURS[kind])
+    for kind in dict.fromkeys(kind for _, _, kind in bars):
+        axes.plot([], [], color=COLOURS[kind], linewidth=9, label=kind)
+    middles = [place * (height + 1) + (height - 1) / 2 for place in range(len(ranks))]
+    axes.set_yticks(middles, [f"rank {rank}" for rank in ranks], fontsize=13)
+    axes.tick_params(axis="x", labelsize=13)
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds from the step's start")
-    figure.legend(loc="outside upper center", ncols=8, frameon=False)
+    axes.set_xlabel("milliseconds from the step's start", fontsize=13)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=13)
     return figure
 
 
 OVERVIEW = {"loss": "training/loss", "real tokens a second": "speed/tokens_per_second"}
 OVERVIEW |= {"share of the step": "phases/.*", "learning rate": "training/learning_rate"}
 OVERVIEW |= {"gradient norm": "training/gradient_norm", "memory, GiB": "speed/peak_memory_gib"}
+APART = {
+    name.replace("_", " "): f"phases/{name}" for name in PHASES
+}  # for several runs side by side
+BOARD = {"overview": OVERVIEW, "shares of the step, each phase": APART}
+SHOWN = "batch_size batching compile learning_rate precision seed strategy"  # a table that fits
 
 
 def write_board(run, record):
@@ -1047,8 +1063,12 @@ def write_board(run, record):
     for earlier in (run["folder"] / "tensorboard").glob("events.out.tfevents.*"):
         earlier.unlink()  # of an end that failed
     with SummaryWriter(run["folder"] / "tensorboard") as writer:
-        charts = {question: ["Multiline", [tag]] for question, tag in OVERVIEW.items()}
-        writer.add_custom_scalars({"overview": charts})
+        writer.add_custom_scalars(
+            {
+                tab: {question: ["Multiline", [tag]] for question, tag in charts.items()}
+                for tab, charts in BOARD.items()
+            }
+        )
         for one in record["intervals"]:
             values = {f"training/{n}": one[n] for n in ("loss", "learning_rate", "gradient_norm")}
             values["speed/tokens_per_second"] = one["tokens"] / one["seconds"]
@@ -1058,8 +1078,9 @@ def write_board(run, record):
                 writer.add_scalar(name, values[name], one["step"])
         scores = ("exact_match", "f1", "steady_epoch_seconds", "train_seconds")
         scores = {f"result/{name}": get(run, name) for name in scores if is_number(get(run, name))}
-        given = record["arguments"].items()
-        settings = {name: one for name, one in given if isinstance(one, (str, int, float))}
+        settings = {"nodes x ranks": shape(run)}
+        settings |= {name: argument(run, name) for name in SHOWN.split()}
+        settings = {n: one for n, one in settings.items() if isinstance(one, (str, int, float))}
         writer.add_hparams(settings, scores, run_name=".")  # a name of its own would be a run more
         names = ("environment", "times", "throughput", "answers", "phases")
         texts = {name: TABLES[name]([run]) for name in names} | {"traces": trace_table([run])}
