@@ -222,7 +222,16 @@ def stopped_at(slurm, job, seconds=240):
 @pytest.mark.slow
 def test_a_short_time_limit_finishes_through_requeues(slurm):
     """SLURM's limits are in minutes; --signal comes at half of one, so each life trains for 30 s."""
-    argv = ["--sample", "--epochs", "40", "--log-every", "2", "--no-profile", "--output", "runs/limit"]
+    argv = [
+        "--sample",
+        "--epochs",
+        "40",
+        "--log-every",
+        "2",
+        "--no-profile",
+        "--output",
+        "runs/limit",
+    ]
     job = slurm.submit(
         "DISTRIBUTED/run_2x2.sbatch", *argv, options=["--time=1", "--signal=B:USR1@20"]
     )
@@ -251,7 +260,16 @@ def test_the_warning_saves_and_requeues(slurm, script):
 
 @pytest.mark.slow
 def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm):
-    argv = ["--sample", "--epochs", "200", "--log-every", "2", "--no-profile", "--output", "runs/cancelled"]
+    argv = [
+        "--sample",
+        "--epochs",
+        "200",
+        "--log-every",
+        "2",
+        "--no-profile",
+        "--output",
+        "runs/cancelled",
+    ]
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
     stopped_at(slurm, job)
     begin = time.monotonic()
@@ -271,9 +289,18 @@ def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm):
 def test_a_node_whose_link_is_cut(slurm):
     """The ranks end within three minutes; the job as soon as SLURM gives the node up, and the run
     goes on from its checkpoint when the node is back."""
-    argv = (
-        ["--sample", "--epochs", "200", "--log-every", "2", "--save-every", "4", "--no-profile", "--output", "runs/cut"]
-    )
+    argv = [
+        "--sample",
+        "--epochs",
+        "200",
+        "--log-every",
+        "2",
+        "--save-every",
+        "4",
+        "--no-profile",
+        "--output",
+        "runs/cut",
+    ]
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, options=["--no-requeue"])
     slurm.wait(job, lambda: (slurm.root / "runs/cut/checkpoint.pt").exists(), 240)
     assert cluster("cut", "2").returncode == 0
