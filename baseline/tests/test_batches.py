@@ -260,7 +260,8 @@ def test_sharing_out_loses_nobody_and_is_even(train, parts):
     sizes = np.where(shares < 0, 0, lengths[shares])
     assert (np.diff(sizes, axis=2) >= 0).all(), "rows by length, as strata need them"
     tokens = sizes[:-1].sum(axis=2)
-    assert (tokens.max(axis=1) / tokens.mean(axis=1) < 1.06).all()
+    # A part has 32 / parts rows: the fewer, the less can be evened out.
+    assert (tokens.max(axis=1) / tokens.mean(axis=1) < (1.06 if parts < 8 else 1.2)).all()
 
 
 def padding_share(plan):
