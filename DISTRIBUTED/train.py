@@ -186,7 +186,7 @@ def whole(tensor, like=None):
 
 def write_whole(path, write):
     """Calls write(file) under another name, flushes, renames: the file is there whole or not."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -341,7 +341,8 @@ def prepare_features(path, split, tokenizer, args):
             sums = {name: zlib.crc32(features[name].data) for name in features}
             content = safetensors.numpy.save(features, {"sums": json.dumps(sums)})
             try:
-                write_whole(file, lambda out: out.write(content))
+                write_whole(file.with_suffix(f".{os.getpid()}"), lambda out: out.write(content))
+                file.with_suffix(f".{os.getpid()}").replace(file)
             except Problem as problem:
                 log(f"the features are not kept: {problem}")
     features["texts"] = json.loads(features["texts"].tobytes())
@@ -415,7 +416,7 @@ def plan_training(lengths, args):
 def make_batch(features, chosen, shapes, longest):
     """Cuts a micro-batch out of the tokens on the device, with no word to the host.
     chosen [rows]: feature numbers or -1. Returns the model's inputs [rows, longest] or [1, tokens];
-    the places of a sequence's tokens, which are real [rows, longest]; labels [rows, 2], weights."""
+    places (packed only) of a sequence's tokens, and which are real [rows, longest]; labels, weights."""
     table = features["table"]
     device, rows = chosen.device, shapes["rows"]
     weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
@@ -425,7 +426,7 @@ def make_batch(features, chosen, shapes, longest):
     if "tokens" not in shapes:
         row = torch.arange(rows, device=device)[:, None]
         position, inside = columns.expand(rows, longest), real
-        places, inputs = row * longest + columns, {"attention_mask": real}
+        places, inputs = None, {"attention_mask": real}
     else:
         ends = lengths.cumsum(0)
         token = torch.arange(shapes["tokens"], device=device)[None]  # [1, tokens]
@@ -472,9 +473,12 @@ transformers.AttentionInterface.register("packed", packed_attention)
 def span_logits(model, batch, args):
     """Returns start's and end's logits [rows, longest, 2] in fp32, -inf where no token is."""
     with torch.autocast(args.device_type, torch.bfloat16, enabled=args.precision == "bf16"):
-        hidden = model.base_model(**batch["inputs"])[0].flatten(0, 1)  # [tokens, hidden size]
-    logits = model.qa_outputs(hidden.float())  # [tokens, 2]
-    return logits[batch["places"]].masked_fill(~batch["real"][..., None], -torch.inf)
+        hidden = model.base_model(**batch["inputs"])[
+            0
+        ]  # [rows, longest, size] or [1, tokens, size]
+    logits, places = model.qa_outputs(hidden.float()), batch["places"]
+    logits = logits if places is None else logits[0, places]  # [rows, longest, 2]
+    return logits.masked_fill(~batch["real"][..., None], -torch.inf)
 
 
 class SpanModel(torch.nn.Module):
@@ -959,6 +963,7 @@ def run(args):
     model.set_attn_implementation("sdpa")  # who loads it knows nothing of packed
     for saved in (model, tokenizer):
         saved.save_pretrained(output / "model.tmp")
+    shutil.rmtree(output / "model", ignore_errors=True)  # a killed life's
     (output / "model.tmp").replace(output / "model")
     results["total_seconds"] = time.perf_counter() - STARTED
     # Scores the answers, derives the figures, shows them, and writes results.json last of all.
