@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -50,7 +51,8 @@ class Life:
     """A train.py under way: its process number, its log, and how it ended."""
 
     def __init__(self, nursery, request):
-        self.nursery, self.log = nursery, pathlib.Path(request["log"])
+        self.nursery, self.log, self.code = nursery, pathlib.Path(request["log"]), None
+        self.log.touch()
         nursery.stdin.write(json.dumps(request) + "\n")
         nursery.stdin.flush()
         self.pid = int(nursery.stdout.readline())
@@ -91,13 +93,17 @@ def nursery(cache):
 @pytest.fixture
 def start(nursery, tmp_path):
     """Starts train.py with these words; patch is code that runs inside the module beforehand."""
-    count = iter(range(1000))
+    lives = []
 
     def begin(*words, patch="", **environment):
         request = {"words": list(map(str, words)), "patch": patch, "environment": environment}
-        return Life(nursery, request | {"log": str(tmp_path / f"life-{next(count)}.log")})
+        lives.append(Life(nursery, request | {"log": str(tmp_path / f"life-{len(lives)}.log")}))
+        return lives[-1]
 
-    return begin
+    yield begin
+    if lives and lives[-1].code is None:  # its test failed before its end
+        lives[-1].kill(signal.SIGKILL)
+        lives[-1].end(None)
 
 
 # The scripts as modules, and real text and a real model where they lie beside the project.
