@@ -416,7 +416,7 @@ def plan_training(lengths, args):
 def make_batch(features, chosen, shapes, longest):
     """Cuts a micro-batch out of the tokens on the device, with no word to the host.
     chosen [rows]: feature numbers or -1. Returns the model's inputs [rows, longest] or [1, tokens];
-    places (packed only) of a sequence's tokens, and which are real [rows, longest]; labels, weights."""
+    if packed, the places of a sequence's tokens; what is real [rows, longest]; labels; weights."""
     table = features["table"]
     device, rows = chosen.device, shapes["rows"]
     weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
@@ -568,7 +568,7 @@ def compile_layers(model):
 def distribute(training, args, clock):
     """DDP: Returns the training model wrapped by the strategy (README.md: what each splits)."""
     if args.strategy == "dp":
-        training = torch.nn.DataParallel(training)
+        training, args.compile = torch.nn.DataParallel(training), False  # it would run on GPU 0
         training.register_forward_hook(lambda _, inputs, losses: losses.sum())  # one a GPU
         return training
     if args.strategy == "fsdp":

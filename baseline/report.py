@@ -1118,6 +1118,7 @@ def score(predictions, texts):
         try:
             import evaluate
 
+            evaluate.logging.set_verbosity_error()
             told = [{"id": i, "prediction_text": predictions[i]} for i in gold]
             right = [{"text": gold[i], "answer_start": [0] * len(gold[i])} for i in gold]
             right = [{"id": i, "answers": answers} for i, answers in zip(gold, right)]

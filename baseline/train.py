@@ -360,7 +360,7 @@ def plan_training(lengths, args):
 def make_batch(features, chosen, shapes, longest):
     """Cuts a micro-batch out of the tokens on the device, with no word to the host.
     chosen [rows]: feature numbers or -1. Returns the model's inputs [rows, longest] or [1, tokens];
-    places (packed only) of a sequence's tokens, and which are real [rows, longest]; labels, weights."""
+    if packed, the places of a sequence's tokens; what is real [rows, longest]; labels; weights."""
     table = features["table"]
     device, rows = chosen.device, shapes["rows"]
     weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
