@@ -256,9 +256,8 @@ def test_bf16_gradients_differ_by_little(ranks):
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_strategies_train_to_the_same_losses(ranks, strategy, world):
-    # bucketed is the tighter test for fsdp, which packs its parameters anew at each layer
     one = ranks.once(0, *LONG, "--batching", "packed")
     many = ranks.once(world, *LONG, "--batching", "packed", "--strategy", strategy)
     same(one, many, steps=40)
@@ -303,7 +302,7 @@ train.save_checkpoint = noted
 """
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
 def test_strategies_split_what_they_promise(ranks, strategy, world):
     how = [*SMALL, "--max-steps", "2", "--strategy", strategy]
@@ -381,7 +380,11 @@ PATHS = {  # (ranks, options of the first life), (ranks, options of the second)
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+QUICK = ("baseline to DISTRIBUTED", "DISTRIBUTED to baseline", "2 to 4 ranks")
+SLOW = [pytest.param(path, marks=pytest.mark.slow) for path in PATHS if path not in QUICK]
+
+
+@pytest.mark.parametrize("path", [*QUICK, *SLOW])
 def test_a_checkpoint_goes_on_elsewhere(ranks, path):
     (before, *first), (after, *second) = PATHS[path]
     output = stopped(ranks, before, *SHORT, *first, at=6)
