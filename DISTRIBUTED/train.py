@@ -938,8 +938,9 @@ def run(args):
     predictions = evaluate_model(args, device, model, validation) if done else None
     if predictions is None:
         if os.environ.get("REQUEUE_MARKER"):  # asks SLURM's script to requeue
-            Path(os.environ["REQUEUE_MARKER"]).write_text(STOP[0])
-        return log(f"stopped by {STOP[0]} at step {state['step']:,}: the same command goes on")
+            Path(os.environ["REQUEUE_MARKER"]).write_text(" ".join(STOP))
+        what = f"stopped by {' '.join(STOP[:1]) or 'a signal'} at step {state['step']:,}"
+        return log(f"{what}: the same command goes on")
     results = {"evaluate_seconds": time.perf_counter() - begin, "prepare_seconds": prepared} | state
     results |= {"predictions": predictions, "texts": validation["texts"], "command": sys.argv}
     results |= {"arguments": vars(args), "environment": environment, "train_features": counts}
@@ -966,8 +967,7 @@ def run(args):
     shutil.rmtree(output / "model", ignore_errors=True)  # a killed life's
     (output / "model.tmp").replace(output / "model")
     results["total_seconds"] = time.perf_counter() - STARTED
-    # Scores the answers, derives the figures, shows them, and writes results.json last of all.
-    finish = [sys.executable, REPORT, "--finish", output]
+    finish = [sys.executable, REPORT, "--finish", output]  # scores, derives, shows; results.json
     failed = subprocess.run(finish, input=json.dumps(results), text=True).returncode
     require(not failed, f"{REPORT} failed: mend it, and the same command goes on", 1)
     for name in ("checkpoint.pt", ".lock"):

@@ -212,7 +212,8 @@ _env_main() {
     unset PYTHONHOME
 
     # pytest needs its settings from here, since the root has no file for them.
-    local options="-c '$_env_root/baseline/tests/pytest.ini' --rootdir='$_env_root'"
+    local options  # quoted, as any character may stand in the folder's name
+    printf -v options -- '-c %q --rootdir=%q' "$_env_root/baseline/tests/pytest.ini" "$_env_root"
     [[ ${PYTEST_ADDOPTS:-} == *"$options"* ]] || export PYTEST_ADDOPTS="$options${PYTEST_ADDOPTS:+ $PYTEST_ADDOPTS}"
     _env_gpus
 }
