@@ -415,6 +415,11 @@ def told_once(run, *words, code=2):
         assert word in lines[0], lines[0]
 
 
+def model(ranks):
+    """A small model's folder: what an earlier run left."""
+    return ranks.once(0, *SHORT).output / "model"
+
+
 def bad_file(folder, text):
     path = folder / f"bad{abs(hash(text)) % 10**8}.json"
     path.write_text(text)
@@ -424,7 +429,7 @@ def bad_file(folder, text):
 BAD = {
     "unknown option": (["--sample", "--epoch", "3"], ["--epochs"]),
     "no number": (["--sample", "--epochs", "many"], ["--epochs"]),
-    "no such file": (["--train-file", "nowhere.json"], ["nowhere.json"]),
+    "no such file": (["--model", "MODEL", "--train-file", "nowhere.json"], ["nowhere.json"]),
     "no such model": (["--model", "/nowhere/bert"], ["/nowhere/bert"]),
     "batch smaller than the ranks": (["--sample", "--batch-size", "1"], ["--batch-size"]),
     "batch smaller than ranks x micro-steps": (
@@ -438,6 +443,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_once_and_all_end(ranks, case):
     argv, words = BAD[case]
+    argv = [model(ranks) if word == "MODEL" else word for word in argv]
     told_once(ranks(2, *argv, "--device", "cpu", "--no-profile", timeout=100), *words)
 
 
@@ -454,11 +460,8 @@ def test_dp_with_packed_batches(ranks):
     ],
 )
 def test_bad_questions_are_told_once(ranks, tmp_path, text, words):
-    minilm = SHARED / "minilm"
-    if not minilm.exists():
-        pytest.skip("../shared/minilm is not here: no model to go with a file of one's own")
     path = bad_file(tmp_path, text)
-    files = ["--train-file", path, "--validation-file", path, "--model", minilm]
+    files = ["--train-file", path, "--validation-file", path, "--model", model(ranks)]
     told_once(ranks(2, *files, "--device", "cpu"), str(path), *words)
 
 
@@ -503,9 +506,6 @@ def test_ranks_with_another_script_are_found(ranks, tmp_path):
 
 def test_ranks_with_other_data_are_found(ranks, tmp_path):
     """One node's copy of the file differs, under the same name."""
-    minilm = SHARED / "minilm"
-    if not minilm.exists():
-        pytest.skip("../shared/minilm is not here: no model to go with a file of one's own")
     document = json.loads((ROOT / "baseline/sample.json").read_text())
     for rank in range(2):
         (tmp_path / f"{rank}").mkdir()
@@ -513,7 +513,7 @@ def test_ranks_with_other_data_are_found(ranks, tmp_path):
         (tmp_path / f"{rank}/questions.json").write_text(json.dumps(document))
     files = ["--train-file", "questions.json", "--validation-file", "questions.json"]
     patch = f"import os; os.chdir({str(tmp_path)!r} + '/' + str(RANK))"
-    how = ["--model", minilm, "--device", "cpu", "--limit", "5000", *files]
+    how = ["--model", model(ranks), "--device", "cpu", *files]
     told_once(ranks(2, *how, patch=patch), "rank 1", "data")
 
 
@@ -638,9 +638,9 @@ def test_timings_tell_the_balance_of_the_ranks(tmp_path):
 
 
 def test_bad_input_ends_with_2_through_run_2x2(tmp_path):
-    done = run_2x2(tmp_path, "--train-file", "nowhere.json", "--device", "cpu")
+    done = run_2x2(tmp_path, "--sample", "--batch-size", "3")  # of 4 ranks
     assert done.returncode == 2, done.log[-3000:]
-    assert done.log.count("error:") == 1 and "nowhere.json" in done.log
+    assert done.log.count("error:") == 1 and "error: --batch-size" in done.log
     assert "Traceback" not in done.log
 
 
@@ -686,6 +686,7 @@ def test_an_exception_on_one_rank_ends_all(tmp_path):
     """A train.py that fails on rank 1 only; the log names the rank and shows where."""
     for name in ("baseline", "DISTRIBUTED"):
         shutil.copytree(ROOT / name, tmp_path / "p" / name, ignore=shutil.ignore_patterns("tests"))
+    shutil.copy(ROOT / "requirements.txt", tmp_path / "p")
     script = tmp_path / "p/DISTRIBUTED/train.py"
     text = script.read_text()
     place = '        with clock("optimizer"):\n'
