@@ -229,7 +229,7 @@ def test_profiler_plugin_has_the_data(board):
             )
             assert any("aten::addmm" in row["name"] for row in table["data"])
             trace = fetch(f"{plugin}/trace", **which, view="Trace")
-            trace = trace if isinstance(trace, dict) else json.loads(trace)
+            trace = json.loads(gzip.decompress(trace))
             names = {event.get("name") for event in trace["traceEvents"]}
             assert {"data", "forward", "backward", "optimizer"} <= names
         if count > 1:
