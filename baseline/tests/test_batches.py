@@ -57,7 +57,7 @@ def parse(train, *words, batching="packed"):
 
 def make_model(args, kind="bert", dropout=0.0):
     """A small model in this batching's attention; a kind's weights are always the same."""
-    sizes = {"vocab_size": WORDS, "max_position_embeddings": LONGEST}
+    sizes = {"vocab_size": WORDS, "max_position_embeddings": args.max_length}
     if kind == "distilbert":
         sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "qa_dropout": 0.0}
         sizes |= {"dropout": dropout, "attention_dropout": dropout}
@@ -424,9 +424,10 @@ COMPILER = shutil.which(os.environ.get("CC", "cc")) and shutil.which("c++")
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs a C compiler")
-@pytest.mark.parametrize("batching, most", [("packed", 1), ("padded", 1), ("bucketed", 2)])
-def test_compiling_makes_one_graph_a_shape(train, monkeypatch, tmp_path, batching, most):
-    """Each layer's graph is made once for each shape, in the warm-up, and never again."""
+@pytest.mark.parametrize("batching, shapes", [("packed", 1), ("padded", 1), ("bucketed", 3)])
+def test_compiling_makes_one_graph_a_shape(train, monkeypatch, tmp_path, batching, shapes):
+    """Each layer's graph is made once for each shape, and never again; bucketed batches are as
+    long as a multiple of 64: 64, 128 and 192 here."""
     graphs, usual = [], torch.nn.Module.compile
 
     def backend(graph, inputs):
@@ -439,16 +440,15 @@ def test_compiling_makes_one_graph_a_shape(train, monkeypatch, tmp_path, batchin
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     try:
-        words = ("--max-steps", 14, "--log-every", 1, "--compile")
-        state, _, _ = go(train, monkeypatch, tmp_path, *words, batching=batching)
+        words = ("--max-steps", 14, "--log-every", 1, "--max-length", 192)
+        how = {"batching": batching, "lengths": np.linspace(10, 192, 100).astype(int)}
+        state, _, _ = go(train, monkeypatch, tmp_path, *words, "--compile", **how)
         breaks = torch._dynamo.utils.counters["graph_break"]
     finally:
         torch._dynamo.reset()
     assert not breaks
-    assert 1 <= len(graphs) <= most * 2, "two layers"
-    plain, _, _ = go(
-        train, monkeypatch, tmp_path, "--max-steps", 14, "--log-every", 1, batching=batching
-    )
+    assert len(graphs) in (shapes, 2 * shapes), "the two layers share theirs, or do not"
+    plain, _, _ = go(train, monkeypatch, tmp_path, *words, **how)
     for one, two in zip(state["intervals"], plain["intervals"], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
