@@ -132,22 +132,12 @@ def distribution_table():
     return [[c.strip() for c in row.strip("|").split("|")] for row in rows]
 
 
-def marked_places():
-    """[(function or None, the mark's own words)] in DISTRIBUTED/train.py's order."""
-    ours, found = dict(blocks(TEXTS[1])), []
-    for number, line in enumerate(LINES[1]):
-        if re.search(r"DDP\b", line) and not line.startswith("# DDP: each place"):
-            where = [name for name, (a, b, _) in ours.items() if a <= number < b]
-            found.append((where[0] if where else None, line.split("DDP")[1].strip(': ."')))
-    return found
-
-
 def test_the_readme_has_a_row_for_each_mark_and_no_other():
-    rows = distribution_table()
-    words = [" ".join(row) for row in rows]
-    functions = {name for name, _ in marked_places() if name}
-    missing = [name for name in functions if not any(f"`{name}" in text for text in words)]
-    assert not missing, f"no row names {missing}"
-    known = set(dict(blocks(TEXTS[1])))
-    named = set(re.findall(r"`(\w+)", " ".join(row[0] for row in rows))) & known
-    assert named <= functions, f"rows without a mark: {named - functions}"
+    rows = [
+        re.sub(r"\s+", " ", row[0].replace("`", "")).rstrip(".") for row in distribution_table()
+    ]
+    marks = [re.search(r"DDP: (.*?)(?:\"\"\"|$)", line) for line in LINES[1]]
+    marks = {mark[1].strip().replace("`", "").rstrip(".") for mark in marks if mark}
+    assert len(rows) == len(set(rows)), "a row twice"
+    assert not marks - set(rows), "marks without a row"
+    assert not set(rows) - marks, "rows without a mark"
