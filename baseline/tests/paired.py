@@ -1,6 +1,6 @@
 """Does packing change what is learnt? Trains pairs, alike but for --batching, and compares F1.
 
-    python baseline/tests/paired.py             five seeds, the small pretrained BERT: hours on two cores
+    python baseline/tests/paired.py             five seeds, the small BERT: hours on two cores
     python baseline/tests/paired.py --sample    the sample instead: minutes
     python baseline/tests/paired.py --against dynamic --epochs 1 --limit 700    (train.py has these)
 
