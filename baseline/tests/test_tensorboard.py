@@ -163,7 +163,9 @@ def test_overview(look):
 
 
 def test_curves_are_there_and_never_double(look, board):
-    assert look("timeseries", "phases/backward", *RUNS)["charts"]  # it draws what is in view
+    assert look("timeseries", "one profiled step", "backward", *RUNS)[
+        "charts"
+    ]  # it draws what is in view
     for run, tags in fetch(f"{board}/data/plugin/scalars/tags").items():
         own = {f"phases/{name}" for name in ("data", "forward", "backward", "optimizer")}
         own |= {"phases/exposed_communication"} if run.startswith("DIST") else set()
