@@ -158,8 +158,8 @@ def join(device):
 
 def tell(problem, facts=None):
     """DDP: All ranks learn of one's problem, or that one has other facts, and end together."""
-    told, tell.done = [(problem, facts)] * WORLD, True
-    if dist.is_initialized():
+    told, first, tell.done = [(problem, facts)] * WORLD, not hasattr(tell, "done"), True
+    if first and dist.is_initialized():
         dist.all_gather_object(told, (problem, facts))
     other = "has other data, options, torch or train.py than rank 0: mend its node"
     told = [p or f"rank {r} {other}" for r, (p, f) in enumerate(told) if p or f != told[0][1]]
@@ -426,15 +426,15 @@ def make_batch(features, chosen, shapes, longest):
     if "tokens" not in shapes:
         row = torch.arange(rows, device=device)[:, None]
         position, inside = columns.expand(rows, longest), real
-        places, inputs = None, {"attention_mask": real}
+        places, inputs = None, {"attention_mask": real[:, None, None]}  # 4-D: no wait
     else:
         ends = lengths.cumsum(0)
         token = torch.arange(shapes["tokens"], device=device)[None]  # [1, tokens]
         row = torch.searchsorted(ends, token, right=True)
         inside, row = row < rows, row.clamp(max=rows - 1)
         position = torch.where(inside, token - (ends - lengths)[row], 0)
-        # The last token is always padding, and so stands for all free places.
-        places = torch.where(real, (ends - lengths)[:, None] + columns, shapes["tokens"] - 1)
+        # A free place reads a neighbour's token and is masked: no token is read by all of them.
+        places = ((ends - lengths)[:, None] + columns).clamp(max=shapes["tokens"] - 1)
         slots, strata, begin = torch.zeros_like(token), [], 0
         for low, high, width in shapes["strata"]:
             strata.append((places[low:high, :width], real[low:high, None, None, :width]))
@@ -819,10 +819,10 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
 
     for step in range(first, steps):
         if step == warm < profiled:
-            schedule = torch.profiler.schedule(wait=0, warmup=1, active=2, repeat=1)
+            cycle = torch.profiler.schedule(wait=0, warmup=1, active=2, repeat=1)
             trace = (f"{output}/tensorboard", f"rank{RANK}", True)  # DDP: each its own
             write = torch.profiler.tensorboard_trace_handler(*trace)
-            profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+            profiler = torch.profiler.profile(schedule=cycle, on_trace_ready=write, acc_events=True)
             profiler.start()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, args)
@@ -989,7 +989,7 @@ def main():
         )
     except torch.OutOfMemoryError as error:
         message, code = f"out of memory: raise --accumulate ({str(error)[:150]})", 1
-    if code == 2 and not hasattr(tell, "done"):  # DDP: the others wait to be told
+    if code == 2:  # DDP: the others wait to be told
         tell(message)
     if code:
         log("error:", " ".join(message.split())[:600], file=sys.stderr)
