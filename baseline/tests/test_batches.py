@@ -743,6 +743,18 @@ def test_a_stale_cache_is_not_used(train, prepare):
     assert prepare("--batch-size", 3, "--seed", 7)[1], "what features do not depend on"
 
 
+def test_a_tokenizers_first_call_does_not_change_the_key(train, prepare):
+    """Some tokenizer.json carry padding and truncation, which the first call takes out."""
+    tokenizer = train.sample_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(128)
+    tokenizer.backend_tokenizer.enable_padding(length=128)
+    built, cached, _ = prepare(tokenizer=tokenizer)
+    assert not cached
+    again, cached, _ = prepare(tokenizer=tokenizer)
+    assert cached
+    assert_same(built, again)
+
+
 def test_a_cache_that_cannot_be_written_costs_a_line(train, prepare, monkeypatch, tmp_path):
     built, _, _ = prepare()
     (tmp_path / "file").touch()
