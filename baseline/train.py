@@ -262,6 +262,8 @@ def build_features(data, tokenizer, max_length, stride, path):
 
 def prepare_features(path, split, tokenizer, args):
     """Returns the features of a file, or of the hub's split: from the cache, or built and kept."""
+    tokenizer.backend_tokenizer.no_truncation()  # what tokenizer.json may have left on
+    tokenizer.backend_tokenizer.no_padding()
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB_DATA + split
     words, sizes = tokenizer.backend_tokenizer.to_str(), [args.max_length, args.stride]
     key = json.dumps([1, source, words, args.limit, *sizes])
@@ -346,7 +348,8 @@ def plan_training(lengths, args):
     computed = rows * longest.sum(axis=1)
     if args.batching == "packed":
         held = np.maximum(sizes, 1)
-        edges = np.linspace(0, rows, np.clip(rows // 8, 1, 8) + 1).astype(int).tolist()
+        each = 8 if args.device_type == "cuda" else 2  # rows: a GPU wants few and large kernels
+        edges = np.linspace(0, rows, np.clip(rows // each, 1, 16) + 1).astype(int).tolist()
         # A stratum is wider than its longest: padding reads its last place, which is free.
         widths = [int(held[:, :, a:b].max()) // 8 * 8 + 8 for a, b in zip(edges, edges[1:])]
         shapes["strata"], longest[:] = list(zip(edges, edges[1:], widths)), widths[-1]
@@ -617,28 +620,26 @@ def best_spans(logits, windows, features):
     """Returns each window's best answer [windows, 4]: score, first, last character, how many.
     logits [windows, longest, 2]. As the usual decoding: all pairs of the 20 best starts and ends in
     the context and of at most 30 tokens; ties go to the first in np.argsort's order."""
-    best = np.zeros((len(windows), 4))
-    for length in np.unique(features["lengths"][windows]):
+    top, each = np.zeros((len(windows), N_BEST, 2), int), np.arange(len(windows))  # [CLS]
+    for length in np.unique(features["lengths"][windows]):  # apart, as ties depend on the length
         here = np.flatnonzero(features["lengths"][windows] == length)
-        chosen, each = windows[here], np.arange(len(here))
-        scores = logits[here, :length]  # [windows, length, 2]
-        top = np.argsort(scores, axis=1)[:, : -N_BEST - 1 : -1]  # [windows, 20, 2]
-        values = np.take_along_axis(scores, top, axis=1)
-        start, end = top[:, :, None, 0], top[:, None, :, 1]
-        first = features["first"][chosen]
-        after = (first + features["context_tokens"][chosen])[:, None, None]
-        fits = (start >= first[:, None, None]) & (end < after)
-        fits &= (end >= start) & (end - start < MAX_ANSWER_TOKENS)
-        sums = np.where(fits, values[:, :, None, 0] + values[:, None, :, 1], -np.inf)
-        pick = sums.reshape(len(here), -1).argmax(axis=1)
-        some = fits.any((1, 2))  # a window with no answer points at its first token, and counts 0
-        paragraph = features["paragraph"][features["question"][chosen]]
-        token = features["offsets_begin"][paragraph] + features["context_begin"][chosen] - first
-        start = token + np.where(some, top[each, pick // top.shape[1], 0], first)
-        end = token + np.where(some, top[each, pick % top.shape[1], 1], first)
-        characters = features["offsets"][start, 0], features["offsets"][end, 1]
-        best[here] = np.stack([sums.max((1, 2)), *characters, fits.sum((1, 2))], axis=1)
-    return best
+        order = np.argsort(logits[here, :length], axis=1)[:, : -N_BEST - 1 : -1]
+        top[here, : order.shape[1]] = order
+    values = np.take_along_axis(logits, top, axis=1)  # [windows, 20, 2]
+    start, end = top[:, :, None, 0], top[:, None, :, 1]
+    first = features["first"][windows]
+    after = (first + features["context_tokens"][windows])[:, None, None]
+    fits = (start >= first[:, None, None]) & (end < after)
+    fits &= (end >= start) & (end - start < MAX_ANSWER_TOKENS)
+    sums = np.where(fits, values[:, :, None, 0] + values[:, None, :, 1], -np.inf)
+    pick = sums.reshape(len(windows), -1).argmax(axis=1)
+    some = fits.any((1, 2))  # a window with no answer points at its first token, and counts 0
+    paragraph = features["paragraph"][features["question"][windows]]
+    token = features["offsets_begin"][paragraph] + features["context_begin"][windows] - first
+    start = token + np.where(some, top[each, pick // N_BEST, 0], first)
+    end = token + np.where(some, top[each, pick % N_BEST, 1], first)
+    characters = features["offsets"][start, 0], features["offsets"][end, 1]
+    return np.stack([sums.max((1, 2)), *characters, fits.sum((1, 2))], axis=1)
 
 
 def answer_texts(best, features):
@@ -669,8 +670,7 @@ def evaluate_model(args, device, model, features):
             shapes["tokens"] = int(lengths[windows].sum()) // 64 * 64 + 64
             shapes["strata"] = [(0, len(windows), longest)]
         batch = make_batch(features, torch.tensor(windows, device=device), shapes, longest)
-        # Shapes differ from batch to batch: compiling for each would not pay.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):  # shapes differ: compiling would not pay
             logits = span_logits(model, batch, args)
         best[windows] = best_spans(logits.cpu().numpy(), windows, features)
     return None if STOP else answer_texts(best, features)
@@ -725,9 +725,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, args)
         for micro in range(args.accumulate):
-            # The dropout masks follow from these numbers: no random state is ever saved.
             seed = np.random.SeedSequence((args.seed, step, micro))
-            torch.manual_seed(int(seed.generate_state(1)[0]))
+            torch.manual_seed(int(seed.generate_state(1)[0]))  # so no random state is ever saved
             with clock("data"):
                 longest = int(plan["longest"][step, micro])
                 batch = make_batch(features, shares[step, micro], plan["shapes"], longest)
@@ -850,7 +849,7 @@ def main():
     message, code = "", 0
     try:
         run(parse_arguments())
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, safetensors.SafetensorError) as error:  # the disk is full
         message, code = str(error), 2
     except Problem as problem:
         message, code = (*problem.args, 2)[:2]
