@@ -821,7 +821,7 @@ def run(args):
     predictions = evaluate_model(args, device, model, validation) if done else None
     if predictions is None:
         if os.environ.get("REQUEUE_MARKER"):  # asks SLURM's script to requeue
-            Path(os.environ["REQUEUE_MARKER"]).write_text(" ".join(STOP))
+            Path(os.environ["REQUEUE_MARKER"]).write_text("".join(STOP[:1]))
         what = f"stopped by {' '.join(STOP[:1]) or 'a signal'} at step {state['step']:,}"
         return log(f"{what}: the same command goes on")
     results = {"evaluate_seconds": time.perf_counter() - begin, "prepare_seconds": prepared} | state
