@@ -20,8 +20,7 @@ import safetensors.numpy
 import torch
 from datetime import timedelta
 import torch.distributed as dist  # DDP: what the ranks talk through
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed import fsdp, optim, tensor as dtensor
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
@@ -140,6 +139,7 @@ def parse_arguments(argv=None):
     args.compile = cuda if args.compile is None else args.compile
     run = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
     args.output = args.output or f"runs/{HERE.name}-{run}"
+    require(args.output.isprintable(), "--output: give a name of characters that can be printed")
     return args
 
 
@@ -166,7 +166,7 @@ def tell(problem, facts=None):
     if told:
         file = os.environ.get("EXIT_CODE_FILE")  # torchrun would lose an exit code
         Path(file or os.devnull).write_text("2")
-        log("error:", told[0][:600], file=sys.stderr)
+        (log if first else print)("error:", told[0][:600], file=sys.stderr)
         os._exit(0 if file else 2)
 
 
@@ -180,7 +180,7 @@ def agree(device, values):
 def whole(tensor, like=None):
     """DDP: Returns all of a tensor that fsdp splits, or of a whole one the part like another's."""
     if hasattr(like, "placements") and tensor.shape == like.shape:
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        return dtensor.distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -476,9 +476,7 @@ transformers.AttentionInterface.register("packed", packed_attention)
 def span_logits(model, batch, args):
     """Returns start's and end's logits [rows, longest, 2] in fp32, -inf where no token is."""
     with torch.autocast(args.device_type, torch.bfloat16, enabled=args.precision == "bf16"):
-        hidden = model.base_model(**batch["inputs"])[
-            0
-        ]  # [rows, longest, size] or [1, tokens, size]
+        hidden = model.base_model(**batch["inputs"])[0]  # [rows or 1, longest or tokens, size]
     logits, places = model.qa_outputs(hidden.float()), batch["places"]
     logits = logits if places is None else logits[0, places]  # [rows, longest, 2]
     return logits.masked_fill(~batch["real"][..., None], -torch.inf)
@@ -527,7 +525,7 @@ def load_tokenizer(args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # its errors have no common class
         mend = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
-        raise Problem(f"{where}: {type(error).__name__}: {str(error)[:150]}: {mend}")
+        raise Problem(f"{where}: {type(error).__name__}: {str(error).split('. ')[0][:150]}: {mend}")
     kind, types = config.model_type, ", ".join(MODEL_TYPES)
     require(kind in MODEL_TYPES, f"{where} is a {kind}: give one of {types}")
     fits = tokenizer.is_fast and None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -554,7 +552,9 @@ def load_model(args, config):
         return family.from_pretrained(args.model, **how)
     except Exception as error:  # SafetensorError, OSError, RuntimeError
         mend = "give a folder with a whole model.safetensors"
-        raise Problem(f"--model {args.model}: {type(error).__name__}: {str(error)[:150]}: {mend}")
+        raise Problem(
+            f"--model {args.model}: {type(error).__name__}: {str(error).split('. ')[0][:150]}: {mend}"
+        )
 
 
 def compile_layers(model):
@@ -570,14 +570,16 @@ def compile_layers(model):
 # 6. Optimiser and schedule
 def distribute(training, args, clock):
     """DDP: Returns the training model wrapped by the strategy (README.md: what each splits)."""
+    dtype = torch.bfloat16 if args.gradients == "bf16" else torch.float32
     if args.strategy == "dp":
         training, args.compile = torch.nn.DataParallel(training), False  # it would run on GPU 0
         training.register_forward_hook(lambda _, inputs, losses: losses.sum())  # one a GPU
         return training
     if args.strategy == "fsdp":
         layers = next(m for m in training.modules() if isinstance(m, torch.nn.ModuleList))
+        policy = fsdp.MixedPrecisionPolicy(reduce_dtype=dtype)
         for module in (*layers, training):
-            torch.distributed.fsdp.fully_shard(module)
+            fsdp.fully_shard(module, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)  # the loss is over the global count already
             module.set_force_sum_reduction_for_comms(True)
         return training
@@ -587,14 +589,12 @@ def distribute(training, args, clock):
         if bucket.is_last():
             clock.sent = clock.now()
         gradients = bucket.buffer()
-        sent = gradients.bfloat16() if args.gradients == "bf16" else gradients
-        future = dist.all_reduce(sent, async_op=True).get_future()
+        future = dist.all_reduce(gradients.to(dtype), async_op=True).get_future()
         return future.then(lambda done: gradients.copy_(done.value()[0]))
 
     how = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
     training = torch.nn.parallel.DistributedDataParallel(training, **how)
     training.register_comm_hook(None, send)
-    distribute.kept = training  # to the end: freeing it waits for gloo's threads, they for Python
     return training
 
 
@@ -606,7 +606,7 @@ def make_optimizer(model, args):
     optimizer = torch.optim.AdamW([matrices, others], lr=0.0, fused=args.fused)
     if args.strategy == "zero1":  # DDP: each rank keeps the moments of its part of the parameters
         how = {"lr": 0.0, "fused": args.fused}
-        optimizer = ZeroRedundancyOptimizer([matrices, others], torch.optim.AdamW, **how)
+        optimizer = optim.ZeroRedundancyOptimizer([matrices, others], torch.optim.AdamW, **how)
     return optimizer, [name for name, _ in named]
 
 
@@ -634,10 +634,9 @@ class Clock:
         with torch.profiler.record_function(name):
             begin = self.now()
             yield
-            end, sent = self.now(), self.__dict__.pop("sent", None)
-            self.marks.append((name, begin, sent or end))
-            if sent:  # DDP: when the last of its results was handed over; then it only waited
-                self.marks.append(("exposed_communication", sent, end))
+            end = self.now()
+            sent = self.__dict__.pop("sent", end)  # DDP: the last was handed over; then it waited
+            self.marks += [(name, begin, sent), ("exposed_communication", sent, end)]
 
     def read(self):
         """Returns {phase: seconds} since the last call; the device must be done with them."""
@@ -698,9 +697,8 @@ def resume(output, model, optimizer, names, state, settings):
                 moments[name] = {k: whole(v, parameter) for k, v in moments[name].items()}
         moments = {i: moments[name] for i, name in enumerate(names)}
         places = iter(moments)
-        groups = [
-            {**g, "params": [next(places) for _ in g["params"]]} for g in optimizer.param_groups
-        ]
+        groups = optimizer.param_groups
+        groups = [{**g, "params": [next(places) for _ in g["params"]]} for g in groups]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
         state.update(content["state"])
     except Problem:
@@ -833,7 +831,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
                 longest = int(plan["longest"][step, micro])
                 batch = make_batch(features, shares[step, micro], plan["shapes"], longest)
             training.require_backward_grad_sync = last = micro == args.accumulate - 1
-            getattr(training, "set_requires_gradient_sync", bool)(last)  # DDP: one sum a step
+            if args.strategy == "fsdp":  # DDP: one sum a step
+                training.set_requires_gradient_sync(last)
             with clock("forward"):
                 loss = training(batch, int(plan["features"][step]))
             with clock("backward"):
@@ -881,9 +880,8 @@ def run(args):
     environment = subprocess.run([sys.executable, REPORT, "--environment"], capture_output=True)
     environment = json.loads(environment.stdout or "{}")
     what = "the sample" if args.sample else args.model
-    log(
-        f"{HERE.name}: {what}, {args.precision} on {args.device_type}, {args.batching}, to {output}"
-    )
+    what = f"{what}, {args.precision} on {args.device_type}, {args.batching}"
+    log(f"{HERE.name}: {what}, to {output}")
     join(device)  # DDP: from here on, a problem of one is told to all
     _lock = None if args.prepare or RANK else open_output(output)  # held to the end
     tokenizer, config = load_tokenizer(args)
@@ -904,7 +902,7 @@ def run(args):
     state = {"step": 0, "intervals": [], "operators": "", "resumed_from_steps": []}
     state |= {"repeated_steps": 0, "beside": {"checkpoint": 0.0, "profile": 0.0, "log": 0.0}}
     training, clock = SpanModel(model, args), Clock(device)
-    training = distribute(training, args, clock)  # DDP: by the strategy
+    run.kept = training = distribute(training, args, clock)  # DDP: freed never, as that can hang
     optimizer, names = make_optimizer(model, args)
     if args.strategy == "zero1":  # DDP: what follows the rank's own step is the broadcast
         optimizer.optim.register_step_post_hook(lambda *_: setattr(clock, "sent", clock.now()))
@@ -982,15 +980,14 @@ def main():
     except Problem as problem:
         message, code = (*problem.args, 2)[:2]
     except OSError as error:
-        message, code = (
-            f"{error.filename}: {error.strerror}: give another path, or mend this one",
-            2,
-        )
+        message = f"{error.filename}: {error.strerror}: give another path, or mend this one"
+        code = 2
     except torch.OutOfMemoryError as error:
-        message, code = f"out of memory: raise --accumulate ({str(error)[:150]})", 1
+        what, code = f"error: out of memory: raise --accumulate ({str(error)[:150]})", 1
+        print(what, file=sys.stderr, flush=True)  # whichever rank it is
     if code == 2:  # DDP: the others wait to be told
         tell(message)
-    if code:
+    if message:
         log("error:", " ".join(message.split())[:600], file=sys.stderr)
     os._exit(code)  # DDP: gloo's threads may wait for Python while Python waits for them
 

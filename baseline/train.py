@@ -125,6 +125,7 @@ def parse_arguments(argv=None):
     args.compile = cuda if args.compile is None else args.compile
     run = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
     args.output = args.output or f"runs/{HERE.name}-{run}"
+    require(args.output.isprintable(), "--output: give a name of characters that can be printed")
     return args
 
 
@@ -420,9 +421,7 @@ transformers.AttentionInterface.register("packed", packed_attention)
 def span_logits(model, batch, args):
     """Returns start's and end's logits [rows, longest, 2] in fp32, -inf where no token is."""
     with torch.autocast(args.device_type, torch.bfloat16, enabled=args.precision == "bf16"):
-        hidden = model.base_model(**batch["inputs"])[
-            0
-        ]  # [rows, longest, size] or [1, tokens, size]
+        hidden = model.base_model(**batch["inputs"])[0]  # [rows or 1, longest or tokens, size]
     logits, places = model.qa_outputs(hidden.float()), batch["places"]
     logits = logits if places is None else logits[0, places]  # [rows, longest, 2]
     return logits.masked_fill(~batch["real"][..., None], -torch.inf)
@@ -471,7 +470,7 @@ def load_tokenizer(args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # its errors have no common class
         mend = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
-        raise Problem(f"{where}: {type(error).__name__}: {str(error)[:150]}: {mend}")
+        raise Problem(f"{where}: {type(error).__name__}: {str(error).split('. ')[0][:150]}: {mend}")
     kind, types = config.model_type, ", ".join(MODEL_TYPES)
     require(kind in MODEL_TYPES, f"{where} is a {kind}: give one of {types}")
     fits = tokenizer.is_fast and None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -498,7 +497,9 @@ def load_model(args, config):
         return family.from_pretrained(args.model, **how)
     except Exception as error:  # SafetensorError, OSError, RuntimeError
         mend = "give a folder with a whole model.safetensors"
-        raise Problem(f"--model {args.model}: {type(error).__name__}: {str(error)[:150]}: {mend}")
+        raise Problem(
+            f"--model {args.model}: {type(error).__name__}: {str(error).split('. ')[0][:150]}: {mend}"
+        )
 
 
 def compile_layers(model):
@@ -599,9 +600,8 @@ def resume(output, model, optimizer, names, state, settings):
                 parameter.copy_(content["model"][name])
         moments = {i: moments[name] for i, name in enumerate(names)}
         places = iter(moments)
-        groups = [
-            {**g, "params": [next(places) for _ in g["params"]]} for g in optimizer.param_groups
-        ]
+        groups = optimizer.param_groups
+        groups = [{**g, "params": [next(places) for _ in g["params"]]} for g in groups]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
         state.update(content["state"])
     except Problem:
@@ -775,9 +775,8 @@ def run(args):
     environment = subprocess.run([sys.executable, REPORT, "--environment"], capture_output=True)
     environment = json.loads(environment.stdout or "{}")
     what = "the sample" if args.sample else args.model
-    log(
-        f"{HERE.name}: {what}, {args.precision} on {args.device_type}, {args.batching}, to {output}"
-    )
+    what = f"{what}, {args.precision} on {args.device_type}, {args.batching}"
+    log(f"{HERE.name}: {what}, to {output}")
     _lock = open_output(output) if not args.prepare else None  # held to the end
     tokenizer, config = load_tokenizer(args)
     begin = time.perf_counter()
@@ -854,13 +853,12 @@ def main():
     except Problem as problem:
         message, code = (*problem.args, 2)[:2]
     except OSError as error:
-        message, code = (
-            f"{error.filename}: {error.strerror}: give another path, or mend this one",
-            2,
-        )
+        message = f"{error.filename}: {error.strerror}: give another path, or mend this one"
+        code = 2
     except torch.OutOfMemoryError as error:
-        message, code = f"out of memory: raise --accumulate ({str(error)[:150]})", 1
-    if code:
+        what, code = f"error: out of memory: raise --accumulate ({str(error)[:150]})", 1
+        print(what, file=sys.stderr, flush=True)  # whichever rank it is
+    if message:
         log("error:", " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(code)
 

@@ -242,9 +242,11 @@ def test_dropout_masks_differ_between_ranks_and_steps(ranks):
     assert np.abs(run.column("loss") - without.column("loss")).max() > 1e-3
 
 
-def test_bf16_gradients_differ_by_little(ranks):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_bf16_gradients_differ_by_little(ranks, strategy):
     """They go rounded to 8 bits over the wire, on gloo as on NCCL; the sums' noise is small."""
-    exact, rounded = (ranks.once(2, *LONG, *how) for how in ((), ("--gradients", "bf16")))
+    how = (*LONG, "--strategy", strategy)
+    exact, rounded = (ranks.once(2, *how, *more) for more in ((), ("--gradients", "bf16")))
     difference = np.abs(exact.column("loss") - rounded.column("loss"))
     assert 0 < difference.max() < 0.02
     assert difference[0] == 0  # the first loss was before the first sum

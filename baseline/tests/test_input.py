@@ -309,6 +309,7 @@ def test_an_output_that_cannot_be(refused, tmp_path):
     refused("--sample", "--output", file / "below", says=[file / "below"])
     refused("--sample", "--output", "/proc/none/here", says=["/proc/none"])
     refused("--sample", "--output", tmp_path / ("x" * 300), says=["xxx"])
+    refused("--sample", "--output", os.fsdecode(b"not-utf-8-\xff"), says=["--output"])
     assert file.read_bytes() == b"x"
 
 
