@@ -349,12 +349,13 @@ def plan_training(lengths, args):
     computed = rows * longest.sum(axis=1)
     if args.batching == "packed":
         held = np.maximum(sizes, 1)
-        each = 8 if args.device_type == "cuda" else 2  # rows: a GPU wants few and large kernels
-        edges = np.linspace(0, rows, np.clip(rows // each, 1, 16) + 1).astype(int).tolist()
+        # Rows a stratum: a GPU wants few and large kernels, a CPU as little padding as can be.
+        each = max(8, rows // 16) if args.device_type == "cuda" else 1
+        edges = np.linspace(0, rows, max(rows // each, 1) + 1).astype(int).tolist()
         # A stratum is wider than its longest: padding reads its last place, which is free.
         widths = [int(held[:, :, a:b].max()) // 8 * 8 + 8 for a, b in zip(edges, edges[1:])]
         shapes["strata"], longest[:] = list(zip(edges, edges[1:], widths)), widths[-1]
-        shapes["tokens"] = int(held.sum(axis=2).max()) // 64 * 64 + 64
+        shapes["tokens"] = int(held.sum(axis=2).max()) // 8 * 8 + 8
         computed[:] = shapes["tokens"] * parts
     plan = {"shares": shares, "shapes": shapes, "longest": longest, "computed": computed}
     plan |= {"tokens": sizes.sum(axis=(1, 2)), "squares": (sizes**2).sum(axis=(1, 2))}
@@ -667,7 +668,7 @@ def evaluate_model(args, device, model, features):
             break
         longest, shapes = int(lengths[windows[0]]) + 1, {"rows": len(windows)}
         if args.batching == "packed":
-            shapes["tokens"] = int(lengths[windows].sum()) // 64 * 64 + 64
+            shapes["tokens"] = int(lengths[windows].sum()) // 8 * 8 + 8
             shapes["strata"] = [(0, len(windows), longest)]
         batch = make_batch(features, torch.tensor(windows, device=device), shapes, longest)
         with torch.compiler.set_stance("force_eager"):  # shapes differ: compiling would not pay

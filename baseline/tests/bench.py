@@ -16,8 +16,6 @@ import argparse, contextlib, copy, functools, importlib.util, logging, os
 import statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
-# Waiting threads sleep: where others use the cores too, spinning would cost all of them.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import transformers
 from torch.optim.optimizer import register_optimizer_step_post_hook

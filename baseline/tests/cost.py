@@ -10,7 +10,6 @@ import argparse, collections, concurrent.futures, functools, json, multiprocessi
 import statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: others use the cores
 import numpy as np
 
 import measuring

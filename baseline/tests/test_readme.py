@@ -13,7 +13,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- report: (.*?) -->\n(.*?)<!-- end -->", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *ROOT.glob("*/results/README.md")]
+PAGES = {page: page.read_text(encoding="utf-8") for page in PAGES if page.exists()}
+BLOCK = re.compile(r"<!-- report: (.*?) -->\n(.*?)<!-- end -->", re.DOTALL)
+BLOCKS = [found for text in PAGES.values() for found in BLOCK.findall(text)]
 FENCED = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 COMMANDS = [line.split("  #")[0].strip() for line in FENCED.splitlines() if line.strip()]
 SHORT = ["--limit", "40", "--max-steps", "4", "--no-profile"]
@@ -41,20 +44,26 @@ def test_figures_are_what_the_report_prints(words, text):
 
 
 def test_figures_name_what_they_were_measured_on():
-    assert BLOCKS and README.count("<!-- report:") == README.count("<!-- end -->") == len(BLOCKS)
+    marks = [sum(t.count(mark) for t in PAGES.values()) for mark in ("<!-- report:", "<!-- end -->")]
+    assert BLOCKS and marks == [len(BLOCKS)] * 2
     for words, text in BLOCKS:
         if "--table" in words:
             assert re.search(r"^\*.*\*$", text, re.MULTILINE), f"{words}: no caption"
 
 
+def anchors(page):
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_links_and_names_lead_somewhere():
-    heads = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        elif not link.startswith("http"):
-            assert (ROOT / link).exists(), link
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if not link.startswith("http"):
+                assert target.exists(), link
+                assert not anchor or anchor in anchors(target), link
     for name in re.findall(r"(?:baseline|DISTRIBUTED|\.ci)/[\w./-]*\w", README):
         assert (ROOT / name).exists() or name.startswith(("baseline/2", "baseline/results")), name
 
@@ -224,15 +233,14 @@ def test_the_diff_for_another_model_applies(tmp_path):
 
 
 def refresh():
-    """`python baseline/tests/test_readme.py` prints the README's figures anew, into it."""
+    """`python baseline/tests/test_readme.py` prints the pages' figures anew, into them."""
 
     def again(found):
         done = call(sys.executable, "baseline/report.py", *found[1].split(), check=True)
         return f"<!-- report: {found[1]} -->\n{done.stdout}<!-- end -->"
 
-    pattern = r"<!-- report: (.*?) -->\n.*?<!-- end -->"
-    text = re.sub(pattern, again, README, flags=re.DOTALL)
-    (ROOT / "README.md").write_text(text, encoding="utf-8")
+    for page, text in PAGES.items():
+        page.write_text(BLOCK.sub(again, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
