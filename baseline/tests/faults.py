@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+import measuring
+
 TRAIN = pathlib.Path(__file__).parents[1] / "train.py"
 WORDS = ["--sample", "--limit", "24", "--batch-size", "4", "--epochs", "6", "--dropout", "0.1"]
 WORDS += ["--log-every", "1", "--no-profile", "--device", "cpu"]  # 36 steps
@@ -109,6 +111,7 @@ def main():
     conditions = "BERT of a million parameters on 24 questions of sample.json, 36 steps, one CPU "
     conditions += "thread; seconds from the command to the next step's end, most of them imports"
     table = {"title": "Faults", "conditions": conditions, "columns": columns, "rows": rows}
+    table["environment"] = measuring.environment()
     print(json.dumps(table, indent=1))
 
 
