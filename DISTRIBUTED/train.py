@@ -266,14 +266,10 @@ def read_hub(split, limit):
     return data | {"ids": rows["id"], "questions": rows["question"], "answers": answers}
 
 
-def encode(tokenizer, texts, what):
-    """Yields each text's token ids [tokens] and their first and last characters [tokens, 2]."""
-    how = {"return_offsets_mapping": True, "add_special_tokens": False, "verbose": False}
-    how |= {"return_attention_mask": False, "return_token_type_ids": False}
+def encode(encode_batch, texts, what):
+    """Yields each text's tokenizers.Encoding, by one of the tokenizer's two ways to encode many."""
     for begin in progress(range(0, len(texts), 1024), f"tokenising {what}"):
-        encoding = tokenizer(texts[begin : begin + 1024], **how)
-        for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"]):
-            yield np.array(ids, np.int32), np.array(offsets, np.int32).reshape(-1, 2)
+        yield from encode_batch(texts[begin : begin + 1024], add_special_tokens=False)
 
 
 def build_features(data, tokenizer, max_length, stride, path):
@@ -281,11 +277,15 @@ def build_features(data, tokenizer, max_length, stride, path):
     Equal to the usual tokenizer(question, context, truncation="only_second", max_length, stride,
     return_overflowing_tokens=True), but each paragraph is tokenised once, not once a question.
     Returns arrays; window w is tokens[begin[w] : begin[w + 1]], its context from place first[w]."""
-    contexts = list(encode(tokenizer, data["contexts"], "paragraphs"))
+    backend, contexts = tokenizer.backend_tokenizer, []
+    for each in encode(backend.encode_batch, data["contexts"], "paragraphs"):
+        offsets = np.array(each.offsets, np.int32).reshape(-1, 2)  # first and last characters
+        contexts.append((np.array(each.ids, np.int32), offsets))
     cls, sep = (np.array([i], np.int32) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     pieces, windows = [], []
-    for i, (question, _) in enumerate(encode(tokenizer, data["questions"], "questions")):
-        ids, offsets = contexts[data["paragraph"][i]]
+    # Nobody asks for a question's offsets: the fast way leaves them out.
+    for i, each in enumerate(encode(backend.encode_batch_fast, data["questions"], "questions")):
+        question, (ids, offsets) = np.array(each.ids, np.int32), contexts[data["paragraph"][i]]
         room = max_length - len(question) - 3
         fits = len(ids) and (room > stride or room >= len(ids))
         what = f"question {data['ids'][i][:60]!r} ({len(question)} tokens, context {len(ids)})"
@@ -604,9 +604,9 @@ def make_optimizer(model, args):
     named = sorted(model.named_parameters(), key=lambda pair: pair[1].ndim < 2)  # stable
     matrices = {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": args.weight_decay}
     others = {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, others], lr=0.0, fused=args.fused)
+    optimizer = torch.optim.AdamW([matrices, others], lr=0.0, fused=args.fused or None)
     if args.strategy == "zero1":  # DDP: each rank keeps the moments of its part of the parameters
-        how = {"lr": 0.0, "fused": args.fused}
+        how = {"lr": 0.0, "fused": args.fused or None}
         optimizer = optim.ZeroRedundancyOptimizer([matrices, others], torch.optim.AdamW, **how)
     return optimizer, [name for name, _ in named]
 
@@ -938,7 +938,7 @@ def run(args):
         if os.environ.get("REQUEUE_MARKER"):  # asks SLURM's script to requeue
             Path(os.environ["REQUEUE_MARKER"]).write_text("".join(STOP[:1]))
         what = f"stopped by {' '.join(STOP[:1]) or 'a signal'} at step {state['step']:,}"
-        return log(f"{what}: the same command goes on")
+        return log(f"{what}: the same command with --output {output} goes on")
     results = {"evaluate_seconds": time.perf_counter() - begin, "prepare_seconds": prepared} | state
     results |= {"predictions": predictions, "texts": validation["texts"], "command": sys.argv}
     results |= {"arguments": vars(args), "environment": environment, "train_features": counts}

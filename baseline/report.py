@@ -78,6 +78,8 @@ def find_runs(names):
             inside = sorted((file.parent for file in folder.glob("*/results.json")), key=natural)
             if (folder / "results.json").exists():
                 folders.append(folder)
+            elif (folder / "checkpoint.pt").exists() and len(names) > 1:  # as runs/* gives them
+                print(f"report.py: {folder}: not finished, left out", file=sys.stderr)
             elif (folder / "checkpoint.pt").exists():
                 fault(f"{folder}: not finished (it holds checkpoint.pt): start it again to end it")
             elif inside:
@@ -402,7 +404,7 @@ def loss_agreement(run, earlier):
         if losses and first(other)[0] == batches:
             most = max(abs(a - b) for a, b in zip(losses, first(other)[1]))
             return f"{most:.1e} from {other['name']}"
-    return "the first of its batches" if losses else MISSING
+    return "no earlier rung has these batches" if losses else MISSING
 
 
 def rungs(runs):
@@ -476,7 +478,7 @@ def scaling_table(runs):
         row |= between if n > 1 else dict.fromkeys(between, "-")
         rows.append(row | {"F1": shown(group, "F1")})
     before = """Mean ± standard deviation of the repeats. Strong: 1x1's global batch, the same
-    training. Growing: 1x1's batch on each rank, so the speed-up is of tokens/s and F1 belongs to it."""
+    training. Growing: 1x1's batch on each rank: the batch differs from row to row, and F1 with it."""
     return table(conditions(runs, before), rows)
 
 

@@ -634,6 +634,7 @@ def test_the_large_batch_is_for_the_full_data_only(project):
         (["--sample"], []),
         (["--train-file=x"], []),
         (["--batch-size", "64"], []),
+        (["--learning-rate", "2e-4"], large),  # the user's comes later, so it wins
     ):
         answer = project.script(
             "DISTRIBUTED/run_2x2.sbatch", *arguments, NODES="1", GPUS_PER_NODE="1"

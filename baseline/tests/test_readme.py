@@ -125,7 +125,7 @@ def test_cluster_commands_name_a_script_and_options_it_takes(command):
     script, folder = ROOT / words[at], words[at].split("/")[0]
     assert script.exists() and not call("bash", "-n", script).returncode
     train_module(folder).parse_arguments(words[at + 1 :])
-    known = {"-N", "-A", "-p", "-t", "--gres"}
+    known = {"-N", "-A", "-p", "-t", "-c", "--gres"}
     assert {word.split("=")[0] for word in words[1:at] if word.startswith("-")} <= known
 
 
@@ -170,6 +170,8 @@ def test_a_stranger_types_the_commands(stranger):
         elif words[0] == "tensorboard":
             said = stranger("source baseline/env.sh && tensorboard --version_tb")
             assert re.match(r"\d+\.\d+", said.strip())
+        elif command == "source baseline/env.sh":
+            stranger(f"{command} && python -c 'import torch'")
         elif "pytest" in command:
             said = stranger(f"{command} --collect-only -q baseline/tests/test_readme.py")
             assert "test_readme.py" in said or "deselected" in said

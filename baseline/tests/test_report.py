@@ -341,7 +341,7 @@ def test_ladder(tmp_path):
         ["6.00", "2.00"],
     ]
     assert rows[1][9] == "1.4e-02 from 1-fp32" and rows[2][9] == "0.0e+00 from 1-fp32"
-    assert rows[3][9] == "the first of its batches"
+    assert rows[3][9] == "no earlier rung has these batches"
     assert re.match(r"2,000 \(2,000 to 2,000\)", rows[1][2])
     assert 'x-axis ["1-fp32", "2-tf32", "3-dynamic", "10-packed"]' in text
     assert "## Ladder" in report(tmp_path / "ladder")
