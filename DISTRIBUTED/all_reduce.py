@@ -41,7 +41,7 @@ def measure():
     store = dist.PrefixStore(
         "all_reduce", next(dist.rendezvous("env://"))[0]
     )  # train.py's is whole
-    how = {"store": store, "rank": RANK, "world_size": WORLD, "timeout": timedelta(seconds=30)}
+    how = {"store": store, "rank": RANK, "world_size": WORLD, "timeout": timedelta(seconds=150)}
     dist.init_process_group("nccl" if cuda else "gloo", **how)
     for megabytes in (1, 8, 64):  # larger ones only where they are quick
         values, seconds = torch.zeros(megabytes * 2**18, device=device), []
@@ -77,6 +77,8 @@ if __name__ == "__main__":
                 print(f"all-reduce of {size} MiB: {rate} GB/s, by {found['link']}", flush=True)
     except Exception as error:  # noqa: BLE001 the training says better what is wrong
         print(f"rank {RANK}: the all-reduce is not measured ({error})", file=sys.stderr, flush=True)
+        if dist.is_initialized():  # NCCL fails after the start, and would leave its group behind
+            dist.destroy_process_group()
     sys.argv = sys.argv[1:]
     if sys.argv:
         sys.path[0] = str(Path(sys.argv[0]).parent)

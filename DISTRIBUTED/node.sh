@@ -30,7 +30,7 @@ fi
 ) &
 # The signals are for the ranks, which have handlers of their own. torchrun would die of USR1 and end the ranks at a TERM.
 trap '' USR1 TERM INT
-export PET_SIGNALS_TO_HANDLE=SIGHUP PET_SHUTDOWN_TIMEOUT=5  # seconds for the others of a node when one rank has died
+export PET_SIGNALS_TO_HANDLE=SIGHUP PET_SHUTDOWN_TIMEOUT=5  # seconds for the others of a node when one rank has died (torch 2.11: 30)
 export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning}  # DDP renames an option that older torch needs
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}     # or every connection warns where addresses have no names
 exec python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --node-rank="$node" \

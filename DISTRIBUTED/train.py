@@ -133,7 +133,7 @@ def parse_arguments(argv=None):
     require(args.batch_size >= args.accumulate * WORLD, "--batch-size: give one for all ranks")
     fits = args.strategy != "dp" or (WORLD == 1 and args.batching != "packed")
     require(fits, "--strategy dp: start one process on one node, and give --batching bucketed")
-    args.gradients = args.gradients or ("bf16" if cuda else "fp32")
+    args.gradients = args.gradients or ("bf16" if cuda and WORLD > 1 else "fp32")
     args.device_type = "cuda" if cuda else "cpu"
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = cuda if args.compile is None else args.compile
@@ -564,6 +564,7 @@ def compile_layers(model):
     if not shutil.which(os.environ.get("CC", "cc")) or not header.exists():
         return log(f"not compiling: this node has no C compiler or no {header}; going on without")
     torch._dynamo.config.recompile_limit = 32  # bucketed batches come in several shapes
+    torch._dynamo.config.optimize_ddp = False  # it would cut a layer where DDP's buckets end
     for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
         layer.compile(fullgraph=True, dynamic=False)
 
@@ -578,9 +579,9 @@ def distribute(training, args, clock):
         return training
     if args.strategy == "fsdp":
         layers = next(m for m in training.modules() if isinstance(m, torch.nn.ModuleList))
-        policy = fsdp.MixedPrecisionPolicy(reduce_dtype=dtype)
+        mesh = dist.init_device_mesh(args.device_type, (WORLD,))
         for module in (*layers, training):
-            fsdp.fully_shard(module, mp_policy=policy)
+            fsdp.fully_shard(module, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(None, dtype))
             module.set_gradient_divide_factor(1.0)  # the loss is over the global count already
             module.set_force_sum_reduction_for_comms(True)
         return training
@@ -657,12 +658,13 @@ def peak_memory(device):
 # 8. Checkpoints and signals
 def open_output(output):
     """Makes the folder, sees that it can be written, and returns its lock, held to the end."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = open(output / ".lock", "a")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"--output {output}: another run writes there: wait, or choose another")
+    except OSError as error:  # a file system without locks goes without
+        what = f"--output {output}: another run writes there: wait, or choose another"
+        require(not isinstance(error, BlockingIOError), what)
     return lock
 
 
@@ -697,10 +699,10 @@ def resume(output, model, optimizer, names, state, settings):
                 parameter.copy_(whole(content["model"][name], parameter))  # DDP: fsdp's part
                 moments[name] = {k: whole(v, parameter) for k, v in moments[name].items()}
         moments = {i: moments[name] for i, name in enumerate(names)}
-        places = iter(moments)
-        groups = optimizer.param_groups
-        groups = [{**g, "params": [next(places) for _ in g["params"]]} for g in groups]
+        at, own = iter(moments), getattr(optimizer, "optim", optimizer)
+        groups = [{**g, "params": [next(at) for _ in g["params"]]} for g in optimizer.param_groups]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        own.load_state_dict(own.state_dict())  # zero1 leaves fused AdamW's steps on the CPU
         state.update(content["state"])
     except Problem:
         raise

@@ -509,6 +509,7 @@ def compile_layers(model):
     if not shutil.which(os.environ.get("CC", "cc")) or not header.exists():
         return log(f"not compiling: this node has no C compiler or no {header}; going on without")
     torch._dynamo.config.recompile_limit = 32  # bucketed batches come in several shapes
+    torch._dynamo.config.optimize_ddp = False  # it would cut a layer where DDP's buckets end
     for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
         layer.compile(fullgraph=True, dynamic=False)
 
@@ -567,12 +568,13 @@ def peak_memory(device):
 # 8. Checkpoints and signals
 def open_output(output):
     """Makes the folder, sees that it can be written, and returns its lock, held to the end."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = open(output / ".lock", "a")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"--output {output}: another run writes there: wait, or choose another")
+    except OSError as error:  # a file system without locks goes without
+        what = f"--output {output}: another run writes there: wait, or choose another"
+        require(not isinstance(error, BlockingIOError), what)
     return lock
 
 
@@ -600,10 +602,10 @@ def resume(output, model, optimizer, names, state, settings):
             for name, parameter in model.named_parameters():
                 parameter.copy_(content["model"][name])
         moments = {i: moments[name] for i, name in enumerate(names)}
-        places = iter(moments)
-        groups = optimizer.param_groups
-        groups = [{**g, "params": [next(places) for _ in g["params"]]} for g in groups]
+        at, own = iter(moments), getattr(optimizer, "optim", optimizer)
+        groups = [{**g, "params": [next(at) for _ in g["params"]]} for g in optimizer.param_groups]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        own.load_state_dict(own.state_dict())  # zero1 leaves fused AdamW's steps on the CPU
         state.update(content["state"])
     except Problem:
         raise

@@ -52,7 +52,7 @@ def rank(number, job):
     script = job["scripts"][number] if "scripts" in job else job["script"]
     sys.argv = [script, *job["argv"], *job.get("own", {}).get(str(number), [])]
     spec = importlib.util.spec_from_file_location("train", script)
-    train = importlib.util.module_from_spec(spec)
+    train = sys.modules["train"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
     exec(LIGHT + job["patch"], {"train": train, "torch": torch, "RANK": number, "job": job})  # noqa: S102
     train.main()

@@ -267,6 +267,22 @@ def test_strategies_train_to_the_same_losses(ranks, strategy, world):
     same_weights(one, many, 1e-3)
 
 
+# Not the compiler, only what precedes it: a layer that is not one graph fails there.
+COMPILE = """
+usual = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self, **how: usual(self, **how | {"backend": "eager"})
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
+def test_layers_compile_under_every_strategy(ranks, strategy):
+    """As they do on a GPU by default; fsdp's hooks around a layer do not break its graph."""
+    how = [*SMALL, "--max-steps", "4"]
+    run = ranks(2, *how, "--strategy", strategy, "--compile", patch=COMPILE)
+    assert run.codes == [0, 0], run.log[-3000:]
+    same(ranks.once(0, *how), run, steps=4)
+
+
 def test_dp_trains_to_the_same_losses(ranks):
     how = [*SHORT, "--batching", "bucketed"]
     one, other = ranks.once(0, *how), ranks.once(1, *how, "--strategy", "dp")
