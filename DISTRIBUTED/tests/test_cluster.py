@@ -221,11 +221,12 @@ def stopped_at(slurm, job, seconds=240):
 
 @pytest.mark.slow
 def test_a_short_time_limit_finishes_through_requeues(slurm):
-    """SLURM's limits are in minutes; --signal comes at half of one, so each life trains for 30 s."""
+    """SLURM's limits are in minutes and its warning can come a minute early, so a life of two
+    minutes trains for one, and 120 epochs take several lives."""
     argv = [
         "--sample",
         "--epochs",
-        "40",
+        "120",
         "--log-every",
         "2",
         "--no-profile",
@@ -233,11 +234,11 @@ def test_a_short_time_limit_finishes_through_requeues(slurm):
         "runs/limit",
     ]
     job = slurm.submit(
-        "DISTRIBUTED/run_2x2.sbatch", *argv, options=["--time=1", "--signal=B:USR1@20"]
+        "DISTRIBUTED/run_2x2.sbatch", *argv, options=["--time=2", "--signal=B:USR1@50"]
     )
     log = slurm.done(job, 900)
     results = slurm.result("runs/limit")
-    assert results["steps"] == 40 * 24 and len(results["resumed_from_steps"]) >= 1
+    assert results["steps"] == 120 * 24 and len(results["resumed_from_steps"]) >= 1
     assert results["resumed_from_steps"] == sorted(set(results["resumed_from_steps"]))
     assert results["repeated_steps"] == 0, "told to stop, it loses nothing"
     assert results["environment"]["restarts"] >= 1
@@ -337,6 +338,46 @@ def test_a_node_whose_link_is_cut(slurm):
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *again)
     stopped_at(slurm, job)
     assert re.search(r"going on from step \d+", slurm.log(job))
+    slurm("scancel", job)
+    slurm.finish(job, 120)
+
+
+@pytest.mark.slow
+def test_a_drained_node_lets_the_job_save_and_wait(slurm):
+    """Maintenance: what runs goes on; told to stop, it waits in the queue for the node, and goes on."""
+    argv = ["--sample", "--epochs", "20", "--log-every", "2", "--no-profile"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, "--output", "runs/drained")
+    stopped_at(slurm, job)
+    slurm("scontrol", "update", "nodename=a100-02", "state=drain", "reason=maintenance")
+    try:
+        before = slurm.log(job).count("step ")
+        slurm.wait(job, lambda: slurm.log(job).count("\nstep ") > before + 2, 60)
+        slurm("scancel", "--signal=USR1", "--batch", job)
+        slurm.wait(job, lambda: slurm.show(job, "JobState") == "PENDING", 120)
+        time.sleep(10)
+        assert slurm.show(job, "JobState") == "PENDING", "it does not start without its node"
+    finally:
+        slurm("scontrol", "update", "nodename=a100-02", "state=resume")
+    slurm.done(job, 600)
+    results = slurm.result("runs/drained")
+    assert results["steps"] == 480 and results["repeated_steps"] == 0
+    assert len(results["resumed_from_steps"]) == 1
+
+
+@pytest.mark.slow
+def test_a_lost_node_requeues_the_job(slurm):
+    """SLURM itself queues the job again; it loses the steps since its last save and no more."""
+    argv = ["--sample", "--epochs", "200", "--log-every", "2", "--save-every", "4", "--no-profile"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, "--output", "runs/lost")
+    slurm.wait(job, lambda: (slurm.root / "runs/lost/checkpoint.pt").exists(), 240)
+    assert cluster("cut", "2").returncode == 0
+    try:
+        slurm.wait(job, lambda: slurm.show(job, "Restarts") == "1", 400)
+    finally:
+        cluster("mend", "2")
+    slurm.wait(job, lambda: "going on from step" in slurm.log(job), 240)
+    found = re.search(r"going on from step [\d,]+; (\d+) steps after it", slurm.log(job))
+    assert int(found[1]) <= 6, "a save every 4 steps, a word every 2"
     slurm("scancel", job)
     slurm.finish(job, 120)
 
