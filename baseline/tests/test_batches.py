@@ -483,6 +483,15 @@ def test_compiled_training_has_the_same_losses(train, monkeypatch, tmp_path, bat
     torch._dynamo.reset()
 
 
+def test_an_output_on_a_file_system_without_locks(train, monkeypatch, tmp_path):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(train.fcntl, "flock", no_locks)
+    train.open_output(tmp_path / "output").close()
+    assert (tmp_path / "output/.lock").exists()
+
+
 # Optimiser and schedule
 @pytest.mark.parametrize("steps, warmup", [(1, 0.1), (2, 0.5), (10, 0), (100, 0.1), (99, 0.999)])
 def test_the_schedule_is_a_line_up_and_a_line_down(train, steps, warmup):
