@@ -166,7 +166,7 @@ def tell(problem, facts=None):
     if told:
         file = os.environ.get("EXIT_CODE_FILE")  # torchrun would lose an exit code
         Path(file or os.devnull).write_text("2")
-        (log if first else print)("error:", told[0][:600], file=sys.stderr)
+        log("error:", told[0][:600], file=sys.stderr)
         os._exit(0 if file else 2)
 
 
@@ -278,6 +278,8 @@ def build_features(data, tokenizer, max_length, stride, path):
     return_overflowing_tokens=True), but each paragraph is tokenised once, not once a question.
     Returns arrays; window w is tokens[begin[w] : begin[w + 1]], its context from place first[w]."""
     backend, contexts = tokenizer.backend_tokenizer, []
+    backend.no_truncation()  # what a call before may have left on
+    backend.no_padding()
     for each in encode(backend.encode_batch, data["contexts"], "paragraphs"):
         offsets = np.array(each.offsets, np.int32).reshape(-1, 2)  # first and last characters
         contexts.append((np.array(each.ids, np.int32), offsets))
@@ -320,9 +322,8 @@ def prepare_features(path, split, tokenizer, args):
     tokenizer.backend_tokenizer.no_truncation()  # what tokenizer.json may have left on
     tokenizer.backend_tokenizer.no_padding()
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB_DATA + split
-    words, sizes = tokenizer.backend_tokenizer.to_str(), [args.max_length, args.stride]
-    key = json.dumps([1, source, words, args.limit, *sizes])
-    key = hashlib.sha256(key.encode()).hexdigest()[:16]
+    what = [1, source, tokenizer.backend_tokenizer.to_str(), args.limit, args.max_length]
+    key = hashlib.sha256(json.dumps([*what, args.stride]).encode()).hexdigest()[:16]
     file, features = CACHE / f"features-{key}.safetensors", None
     with contextlib.ExitStack() as stack:  # of several jobs that start at once, one builds
         with contextlib.suppress(OSError):  # a read-only cache, a file system without locks
