@@ -554,9 +554,7 @@ def load_model(args, config):
         return family.from_pretrained(args.model, **how)
     except Exception as error:  # SafetensorError, OSError, RuntimeError
         mend = "give a folder with a whole model.safetensors"
-        raise Problem(
-            f"--model {args.model}: {type(error).__name__}: {str(error).split('. ')[0][:150]}: {mend}"
-        )
+        raise Problem(f"--model {args.model}: {str(error).split('. ')[0][:150]}: {mend}")
 
 
 def compile_layers(model):
@@ -606,10 +604,12 @@ def make_optimizer(model, args):
     named = sorted(model.named_parameters(), key=lambda pair: pair[1].ndim < 2)  # stable
     matrices = {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": args.weight_decay}
     others = {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, others], lr=0.0, fused=args.fused or None)
+    how = {"lr": 0.0, "fused": args.fused or None}
+    optimizer = torch.optim.AdamW([matrices, others], **how)
     if args.strategy == "zero1":  # DDP: each rank keeps the moments of its part of the parameters
-        how = {"lr": 0.0, "fused": args.fused or None}
         optimizer = optim.ZeroRedundancyOptimizer([matrices, others], torch.optim.AdamW, **how)
+        again = lambda zero: zero.optim.load_state_dict(zero.optim.state_dict())  # noqa: E731
+        optimizer.register_load_state_dict_post_hook(again)  # or fused's steps stay on the CPU
     return optimizer, [name for name, _ in named]
 
 
@@ -700,10 +700,9 @@ def resume(output, model, optimizer, names, state, settings):
                 parameter.copy_(whole(content["model"][name], parameter))  # DDP: fsdp's part
                 moments[name] = {k: whole(v, parameter) for k, v in moments[name].items()}
         moments = {i: moments[name] for i, name in enumerate(names)}
-        at, own = iter(moments), getattr(optimizer, "optim", optimizer)
+        at = iter(moments)
         groups = [{**g, "params": [next(at) for _ in g["params"]]} for g in optimizer.param_groups]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        own.load_state_dict(own.state_dict())  # zero1 leaves fused AdamW's steps on the CPU
         state.update(content["state"])
     except Problem:
         raise

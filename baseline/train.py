@@ -499,9 +499,7 @@ def load_model(args, config):
         return family.from_pretrained(args.model, **how)
     except Exception as error:  # SafetensorError, OSError, RuntimeError
         mend = "give a folder with a whole model.safetensors"
-        raise Problem(
-            f"--model {args.model}: {type(error).__name__}: {str(error).split('. ')[0][:150]}: {mend}"
-        )
+        raise Problem(f"--model {args.model}: {str(error).split('. ')[0][:150]}: {mend}")
 
 
 def compile_layers(model):
@@ -521,7 +519,8 @@ def make_optimizer(model, args):
     named = sorted(model.named_parameters(), key=lambda pair: pair[1].ndim < 2)  # stable
     matrices = {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": args.weight_decay}
     others = {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, others], lr=0.0, fused=args.fused or None)
+    how = {"lr": 0.0, "fused": args.fused or None}
+    optimizer = torch.optim.AdamW([matrices, others], **how)
     return optimizer, [name for name, _ in named]
 
 
@@ -603,10 +602,9 @@ def resume(output, model, optimizer, names, state, settings):
             for name, parameter in model.named_parameters():
                 parameter.copy_(content["model"][name])
         moments = {i: moments[name] for i, name in enumerate(names)}
-        at, own = iter(moments), getattr(optimizer, "optim", optimizer)
+        at = iter(moments)
         groups = [{**g, "params": [next(at) for _ in g["params"]]} for g in optimizer.param_groups]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        own.load_state_dict(own.state_dict())  # zero1 leaves fused AdamW's steps on the CPU
         state.update(content["state"])
     except Problem:
         raise
