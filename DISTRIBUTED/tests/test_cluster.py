@@ -21,6 +21,7 @@ CLUSTER = ROOT / ".ci/slurm-cluster"
 SHARED = ROOT.parent / "shared"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 SHORT = ["--sample", "--limit", "57", "--max-steps", "12", "--log-every", "2", "--no-profile"]
+ENDLESS = ["--sample", "--epochs", "200", "--log-every", "2", "--no-profile"]
 
 
 def cluster(*words):
@@ -261,16 +262,7 @@ def test_the_warning_saves_and_requeues(slurm, script):
 
 @pytest.mark.slow
 def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm):
-    argv = [
-        "--sample",
-        "--epochs",
-        "200",
-        "--log-every",
-        "2",
-        "--no-profile",
-        "--output",
-        "runs/cancelled",
-    ]
+    argv = [*ENDLESS, "--output", "runs/cancelled"]
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
     stopped_at(slurm, job)
     begin = time.monotonic()
@@ -283,6 +275,7 @@ def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm):
         ).stdout.split()
         commands = [pathlib.Path(f"/proc/{p}/cmdline") for p in left]
         assert not [c for c in commands if c.exists() and b"runs/cancelled" in c.read_bytes()]
+    assert (slurm.root / "runs/cancelled/checkpoint.pt").exists()
     assert not (slurm.root / "runs/cancelled/results.json").exists()
 
 
@@ -290,18 +283,7 @@ def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm):
 def test_a_node_whose_link_is_cut(slurm):
     """The ranks end within three minutes; the job as soon as SLURM gives the node up, and the run
     goes on from its checkpoint when the node is back."""
-    argv = [
-        "--sample",
-        "--epochs",
-        "200",
-        "--log-every",
-        "2",
-        "--save-every",
-        "4",
-        "--no-profile",
-        "--output",
-        "runs/cut",
-    ]
+    argv = [*ENDLESS, "--save-every", "4", "--output", "runs/cut"]
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, options=["--no-requeue"])
     slurm.wait(job, lambda: (slurm.root / "runs/cut/checkpoint.pt").exists(), 240)
     assert cluster("cut", "2").returncode == 0
@@ -334,8 +316,7 @@ def test_a_node_whose_link_is_cut(slurm):
     finally:
         cluster("mend", "2")
     slurm.wait(job, lambda: cluster("status").returncode == 0, 120)
-    again = [*argv[:1], "--epochs", "200", *argv[3:], "--device", "cpu"]
-    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *again)
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
     stopped_at(slurm, job)
     assert re.search(r"going on from step \d+", slurm.log(job))
     slurm("scancel", job)
@@ -367,8 +348,8 @@ def test_a_drained_node_lets_the_job_save_and_wait(slurm):
 @pytest.mark.slow
 def test_a_lost_node_requeues_the_job(slurm):
     """SLURM itself queues the job again; it loses the steps since its last save and no more."""
-    argv = ["--sample", "--epochs", "200", "--log-every", "2", "--save-every", "4", "--no-profile"]
-    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, "--output", "runs/lost")
+    argv = [*ENDLESS, "--save-every", "4", "--output", "runs/lost"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
     slurm.wait(job, lambda: (slurm.root / "runs/lost/checkpoint.pt").exists(), 240)
     assert cluster("cut", "2").returncode == 0
     try:
