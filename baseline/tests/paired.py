@@ -3,12 +3,17 @@
     python baseline/tests/paired.py             five seeds, the small BERT: hours on two cores
     python baseline/tests/paired.py --sample    the sample instead: minutes
     python baseline/tests/paired.py --against dynamic --epochs 1 --limit 700    (train.py has these)
+    python baseline/tests/paired.py --halves --at-once 2     more questions scored, two runs at once
 
+The interval is as wide as 195 questions make it: one answer more or less is half a point, and runs
+differ in many. --halves trains on every second article of train.json and scores the others and
+dev.json, 4 to 5 times as many questions, so that the same number of pairs tells twice as much.
 "dynamic" has the batches of "padded", each padded to its own longest: the same mathematics, sooner
 done. A run that is there in --work is not done again. The table is written after each pair.
 """
 
 import argparse, json, math, os, statistics, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import measuring
@@ -21,37 +26,54 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, len(T) + 2))
     parser.add_argument("--against", choices=("padded", "dynamic", "bucketed"), default="padded")
+    parser.add_argument(
+        "--halves", action="store_true", help="score half of train.json's articles too"
+    )
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time, the cores shared")
     parser.add_argument("--work", type=Path, default=Path("runs/paired"), help="the runs' folder")
     parser.add_argument("--output", type=Path, default=measuring.RESULTS / "seeds-paired.json")
     options, more = parser.parse_known_args()
-    data = measuring.SHARED / "squad"
-    usual = ["--model", measuring.SHARED / "minilm", "--train-file", data / "train.json"]
-    usual += ["--validation-file", data / "dev.json", "--batch-size", "16"]
-    usual += ["--learning-rate", "1e-4", "--device", "auto" if os.getenv("SLURM_JOB_ID") else "cpu"]
-    if "--sample" in more:
-        usual = []
-    else:
-        measuring.need(usual[1], data)
-    pairs, results = [], {}
-    for seed in range(42, 42 + options.seeds):
-        scores = []
-        for batching in ("packed", options.against):
-            output = options.work / f"{batching}-{seed}"
-            call = [sys.executable, measuring.TRAIN, *usual, *more, "--no-profile"]
-            call += ["--batching", batching, "--seed", str(seed), "--output", output]
-            code = subprocess.run(call, check=False, stdout=sys.stderr).returncode
-            if code:
-                sys.exit(
-                    f"error: seed {seed}, {batching} failed: mend what it says, and start again"
-                )
-            results = json.loads((output / "results.json").read_text())
-            scores.append((results["f1"], results["exact_match"]))
-        pairs.append(scores)
-        print(
-            f"seed {seed}: F1 {scores[0][0]:.1f} packed, {scores[1][0]:.1f} {options.against}",
-            flush=True,
-        )
-        write(options, pairs, results)
+    files, usual = [measuring.SHARED / "squad" / name for name in ("train.json", "dev.json")], []
+    if "--sample" not in more:
+        measuring.need(measuring.SHARED / "minilm", *files)
+        files = halves(options.work, *files) if options.halves else files
+        usual = ["--model", measuring.SHARED / "minilm", "--train-file", files[0]]
+        usual += ["--validation-file", files[1], "--batch-size", "16", "--learning-rate", "1e-4"]
+        usual += ["--device", "auto" if os.getenv("SLURM_JOB_ID") else "cpu"]
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // options.at_once))}
+    env = os.environ | (threads if options.at_once > 1 else {})
+
+    def run(seed, batching):
+        output = options.work / f"{batching}-{seed}"
+        call = [sys.executable, measuring.TRAIN, *usual, *more, "--no-profile"]
+        call += ["--batching", batching, "--seed", str(seed), "--output", output]
+        if subprocess.run(call, check=False, stdout=sys.stderr, env=env).returncode:
+            sys.exit(f"error: seed {seed}, {batching} failed: mend what it says, and start again")
+        return json.loads((output / "results.json").read_text())
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        pairs, runs = [], []
+        for seed in range(42, 42 + options.seeds):
+            runs.append([pool.submit(run, seed, way) for way in ("packed", options.against)])
+        for seed, pair in enumerate(runs, 42):
+            results = [one.result() for one in pair]
+            pairs.append([(one["f1"], one["exact_match"]) for one in results])
+            (f1, _), (other, _) = pairs[-1]
+            print(f"seed {seed}: F1 {f1:.1f} packed, {other:.1f} {options.against}", flush=True)
+            write(options, pairs, results[0])
+
+
+def halves(work, train, dev):
+    """Writes every second article of train to work, and the others with dev's; returns both paths."""
+    articles = json.loads(train.read_text())["data"]
+    titles = list(dict.fromkeys(article["title"] for article in articles))
+    kept = [article for article in articles if titles.index(article["title"]) % 2 == 0]
+    rest = [article for article in articles if titles.index(article["title"]) % 2]
+    rest += json.loads(dev.read_text())["data"]
+    work.mkdir(parents=True, exist_ok=True)
+    for name, data in (("train.json", kept), ("dev.json", rest)):
+        (work / name).write_text(json.dumps({"version": "1.1", "data": data}))
+    return work / "train.json", work / "dev.json"
 
 
 def write(options, pairs, results):
@@ -75,12 +97,16 @@ def write(options, pairs, results):
     names = "sample limit epochs batch_size learning_rate dropout precision device_type".split()
     how = [f"{name.replace('_', ' ')} {given[name]}" for name in names if given.get(name)]
     model = "the sample's own model" if given["sample"] else Path(given["model"]).name
+    answers = json.loads((options.work / "packed-42/predictions.json").read_text())
+    how += [f"{results['train_features']} features trained on", f"{len(answers)} questions scored"]
     conditions = [model, *how, f"{len(pairs)} pairs of one seed each"]
     if options.against == "dynamic":
         conditions.append("dynamic: padded's batches and mathematics, padded to their longest only")
     other = options.against
     columns = ["seed", "F1 packed", f"F1 {other}", "F1 difference", "EM packed", f"EM {other}"]
-    table = {"title": f"Packed against {other}, the same seeds", "conditions": conditions}
+    title = f"Packed against {other}, the same seeds"
+    title += ", half of the articles scored" if options.halves else ""
+    table = {"title": title, "conditions": conditions}
     table |= {"columns": [*columns, "EM difference"], "rows": rows}
     table["environment"] = measuring.environment()
     kept = json.loads(options.output.read_text()) if options.output.exists() else []
