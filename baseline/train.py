@@ -8,8 +8,8 @@ It leaves in --output: results.json, timings.json, predictions.json, model/ and 
 way also checkpoint.pt, from which the same command goes on. Read it as data flows, from 1 to 11.
 """
 
-import argparse, collections, contextlib, difflib, fcntl, functools, hashlib, json, math, os
-import resource, shutil, signal, subprocess, sys, sysconfig, time, zlib
+import argparse, collections, contextlib, difflib, fcntl, functools, hashlib, itertools, json, math
+import os, resource, shutil, signal, subprocess, sys, sysconfig, time, zlib
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after the tokenizer
@@ -227,7 +227,7 @@ def build_features(data, tokenizer, max_length, stride, path):
     backend.no_truncation()  # what a call before may have left on
     backend.no_padding()
     for each in encode(backend.encode_batch, data["contexts"], "paragraphs"):
-        offsets = np.array(each.offsets, np.int32).reshape(-1, 2)  # first and last characters
+        offsets = np.fromiter(itertools.chain(*each.offsets), np.int32).reshape(-1, 2)  # characters
         contexts.append((np.array(each.ids, np.int32), offsets))
     cls, sep = (np.array([i], np.int32) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     pieces, windows = [], []
@@ -245,8 +245,8 @@ def build_features(data, tokenizer, max_length, stride, path):
             end = min(begin + room, len(ids))
             start_place = end_place = 0  # [CLS], where the answer is not in this window
             if starts[begin] <= answer_start and ends[end - 1] >= answer_end:
-                start_place = first - 1 + np.searchsorted(starts[begin:end], answer_start, "right")
-                end_place = first + np.searchsorted(ends[begin:end], answer_end)
+                start_place = first - 1 + starts[begin:end].searchsorted(answer_start, "right")
+                end_place = first + ends[begin:end].searchsorted(answer_end)
             pieces += [cls, question, sep, ids[begin:end], sep]
             windows.append((i, first, begin, end - begin, start_place, end_place))
             if end == len(ids):
@@ -622,38 +622,39 @@ def best_spans(logits, windows, features):
     """Returns each window's best answer [windows, 4]: score, first, last character, how many.
     logits [windows, longest, 2]. As the usual decoding: all pairs of the 20 best starts and ends in
     the context and of at most 30 tokens; ties go to the first in np.argsort's order."""
-    top, each = np.zeros((len(windows), N_BEST, 2), int), np.arange(len(windows))  # [CLS]
-    for length in np.unique(features["lengths"][windows]):  # apart, as ties depend on the length
-        here = np.flatnonzero(features["lengths"][windows] == length)
-        order = np.argsort(logits[here, :length], axis=1)[:, : -N_BEST - 1 : -1]
-        top[here, : order.shape[1]] = order
+    top, each = np.zeros((len(windows), N_BEST, 2), np.int32), np.arange(len(windows))  # [CLS]
+    lengths = features["lengths"][windows]
+    for length in np.unique(lengths):  # apart, as ties depend on the length
+        here = np.flatnonzero(lengths == length)
+        top[here, :length] = np.argsort(logits[here, :length], axis=1)[:, : -N_BEST - 1 : -1]
     values = np.take_along_axis(logits, top, axis=1)  # [windows, 20, 2]
-    start, end = top[:, :, None, 0], top[:, None, :, 1]
     first = features["first"][windows]
-    after = (first + features["context_tokens"][windows])[:, None, None]
-    fits = (start >= first[:, None, None]) & (end < after)
-    fits &= (end >= start) & (end - start < MAX_ANSWER_TOKENS)
-    sums = np.where(fits, values[:, :, None, 0] + values[:, None, :, 1], -np.inf)
-    pick = sums.reshape(len(windows), -1).argmax(axis=1)
-    some = fits.any((1, 2))  # a window with no answer points at its first token, and counts 0
+    after = first + features["context_tokens"][windows]
+    # A place outside the context goes so far away that no pair with it fits.
+    start = np.where(top[:, :, 0] < first[:, None], 2**20, top[:, :, 0])
+    end = np.where(top[:, :, 1] < after[:, None], top[:, :, 1], -1)
+    beyond = end[:, None] - start[:, :, None]  # [windows, 20 starts, 20 ends]
+    fits = (beyond >= 0) & (beyond < MAX_ANSWER_TOKENS)
+    sums = values[:, :, None, 0] + values[:, None, :, 1] - ~fits * np.float32(1e30)
+    row, column = np.divmod(sums.reshape(len(windows), -1).argmax(axis=1), N_BEST)
     paragraph = features["paragraph"][features["question"][windows]]
     token = features["offsets_begin"][paragraph] + features["context_begin"][windows] - first
-    start = token + np.where(some, top[each, pick // N_BEST, 0], first)
-    end = token + np.where(some, top[each, pick % N_BEST, 1], first)
-    characters = features["offsets"][start, 0], features["offsets"][end, 1]
-    return np.stack([sums.max((1, 2)), *characters, fits.sum((1, 2))], axis=1)
+    start = token + top[each, row, 0].clip(first, after - 1)  # in the context, if nothing fits too
+    end = token + top[each, column, 1].clip(first, after - 1)
+    offsets, many = features["offsets"], np.count_nonzero(fits, axis=(1, 2))
+    return np.stack([sums[each, row, column], offsets[start, 0], offsets[end, 1], many], axis=1)
 
 
 def answer_texts(best, features):
     """Returns {question id: its best window's answer}; "empty" where the usual decoding says so."""
     texts, answers = features["texts"], {}
-    edges = np.searchsorted(features["question"], np.arange(len(texts["ids"]) + 1))
-    for i, name in enumerate(texts["ids"]):
-        windows = best[edges[i] : edges[i + 1]]
-        start, end = windows[windows[:, 0].argmax(), 1:3].astype(int)
-        text = texts["contexts"][features["paragraph"][i]][start:end]
-        count = windows[:, 3].sum()
-        answers[name] = text if count > 1 or (count == 1 and text) else "empty"
+    order = np.lexsort((-best[:, 0], features["question"]))  # each question's best window first
+    edges = np.searchsorted(features["question"], np.arange(len(texts["ids"])))
+    places, counts = best[order[edges], 1:3].astype(int), np.add.reduceat(best[:, 3], edges)
+    rows = zip(texts["ids"], features["paragraph"].tolist(), places.tolist(), counts)
+    for name, paragraph, (start, end), count in rows:
+        text = texts["contexts"][paragraph][start:end]
+        answers[name] = text if count > 1 or (count and text) else "empty"
     return answers
 
 
