@@ -86,7 +86,7 @@ OPTIONS = [
     ("--output", str, None, None, f"folder (default: runs/{HERE.name}-JOBID or -DATE-TIME)"),
     ("--log-every", int, 10, 1, "steps"),
     ("--save-every", int, None, 1, "steps (default: every 5 minutes)"),
-    ("--profile", ON_OFF, True, None, "trace three steps (default: on)"),
+    ("--profile", ON_OFF, True, None, "trace two steps (default: on)"),
     ("--prepare", "store_true", False, None, "only fetch model and data, build the features"),
 ]
 
@@ -356,7 +356,7 @@ def prepare_features(path, split, tokenizer, args):
 # 4. Batches
 def plan_epoch(lengths, args, epoch):
     """Returns the epoch's batches as feature numbers [steps, batch size]; -1 fills the last one.
-    padded, dynamic: at random; bucketed: alike in length; packed: one of each length stratum."""
+    padded, dynamic: at random; bucketed: alike in length; packed: one of each length class."""
     random = np.random.default_rng((args.seed, epoch))
     order, size = random.permutation(len(lengths)), args.batch_size
     full, rest = divmod(len(lengths), size)
@@ -366,7 +366,7 @@ def plan_epoch(lengths, args, epoch):
         picked = ((np.arange(rest) + random.random()) * len(lengths) / max(rest, 1)).astype(int)
         order, last = np.delete(order, picked), order[picked]
         if args.batching == "packed":
-            batches = random.permuted(order.reshape(size, full), axis=1).T
+            batches = random.permuted(order.reshape(size, full), axis=1).T  # a row was a class
         else:
             batches = random.permutation(order.reshape(full, size))
         order = np.concatenate([batches.ravel(), last])
@@ -376,22 +376,20 @@ def plan_epoch(lengths, args, epoch):
 
 
 def share_out(plan, lengths, parts):
-    """Deals each batch into parts of nearly equal tokens [steps, parts, rows], rows by length.
-    The longest first, to and fro (1 2 3 3 2 1 ...), as captains choose teams."""
-    steps, size = plan.shape
-    rows = -(-size // parts)
+    """Deals each batch into parts of nearly equal tokens [steps, parts, rows], short rows first.
+    The longest are dealt first, to and fro (1 2 3 3 2 1 ...), as captains choose teams."""
+    plan = np.pad(plan, ((0, 0), (0, -plan.shape[1] % parts)), constant_values=-1)
     order = np.argsort(-np.where(plan < 0, 0, lengths[plan]), axis=1, kind="stable")
-    dealt = np.full((steps, parts * rows), -1)
-    dealt[:, :size] = np.take_along_axis(plan, order, axis=1)
-    dealt = dealt.reshape(steps, rows, parts)
+    dealt = np.take_along_axis(plan, order, axis=1).reshape(len(plan), -1, parts)
     dealt[:, 1::2] = dealt[:, 1::2, ::-1]
     return dealt.transpose(0, 2, 1)[:, :, ::-1].copy()
 
 
 def plan_training(lengths, args):
     """Returns the whole run's plan: who is in which micro-batch, its shapes, what a step counts.
-    A place that nobody has (-1) holds one token of no weight. Strata are (first row, last row,
-    longest): as every packed batch has one feature of each length, one shape serves all."""
+    A place that nobody has (-1) holds one token of no weight. Strata are (first row, row after the
+    last, width): as every packed batch has one feature of each length class, one shape serves all.
+    """
     parts = args.accumulate * WORLD  # DDP: one plan for all ranks
     epochs = [plan_epoch(lengths, args, epoch) for epoch in range(args.epochs)]
     shares = np.concatenate([share_out(epoch, lengths, parts) for epoch in epochs])
@@ -407,14 +405,13 @@ def plan_training(lengths, args):
         # Rows a stratum: a GPU wants few and large kernels, a CPU as little padding as can be.
         each = max(8, rows // 16) if args.device_type == "cuda" else 1
         edges = np.linspace(0, rows, max(rows // each, 1) + 1).astype(int).tolist()
-        # A stratum is wider than its longest: padding reads its last place, which is free.
         widths = [int(held[:, :, a:b].max()) // 8 * 8 + 8 for a, b in zip(edges, edges[1:])]
         shapes["strata"], longest[:] = list(zip(edges, edges[1:], widths)), widths[-1]
         shapes["tokens"] = int(held.sum(axis=2).max()) // 8 * 8 + 8
         computed[:] = shapes["tokens"] * parts
     shares, longest = shares[:, RANK::WORLD], longest[:, RANK::WORLD]  # DDP: its own parts
     plan = {"shares": shares, "shapes": shapes, "longest": longest, "computed": computed}
-    plan |= {"tokens": sizes.sum(axis=(1, 2)), "squares": (sizes**2).sum(axis=(1, 2))}
+    plan |= {"tokens": sizes.sum(axis=(1, 2)), "squares": (sizes**2).sum(axis=(1, 2))}  # for MFU
     return plan | {"features": (sizes > 0).sum(axis=(1, 2)), "steps_an_epoch": len(epochs[0])}
 
 
@@ -425,50 +422,49 @@ def make_batch(features, chosen, shapes, longest):
     table = features["table"]
     device, rows = chosen.device, shapes["rows"]
     weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
-    lengths = torch.where(weights > 0, table["lengths"][chosen], 1)
+    lengths = torch.where(weights > 0, table["lengths"][chosen], 1)  # of none: the loss were NaN
     columns = torch.arange(longest, device=device)
     real = columns < lengths[:, None]
     if "tokens" not in shapes:
         row = torch.arange(rows, device=device)[:, None]
         position, inside = columns.expand(rows, longest), real
-        places, inputs = None, {"attention_mask": real[:, None, None]}  # 4-D: no wait
+        places, inputs = None, {"attention_mask": real[:, None, None]}  # 2-D: the host reads it
     else:
         ends = lengths.cumsum(0)
         token = torch.arange(shapes["tokens"], device=device)[None]  # [1, tokens]
         row = torch.searchsorted(ends, token, right=True)
         inside, row = row < rows, row.clamp(max=rows - 1)
         position = torch.where(inside, token - (ends - lengths)[row], 0)
-        # A free place reads a neighbour's token and is masked: no token is read by all of them.
+        # Past a sequence's end a neighbour's token is read, and masked: any would do.
         places = ((ends - lengths)[:, None] + columns).clamp(max=shapes["tokens"] - 1)
         slots, strata, begin = torch.zeros_like(token), [], 0
         for low, high, width in shapes["strata"]:
             strata.append((places[low:high, :width], real[low:high, None, None, :width]))
             slots = torch.where(row >= low, begin + (row - low) * width + position, slots)
             begin += (high - low) * width
-        slots = torch.where(inside, slots, begin - 1)[0]
-        inputs = {"position_ids": position, "strata": tuple(strata), "slots": slots}
+        inputs = {"position_ids": position, "strata": tuple(strata), "slots": slots[0]}
     source = (table["begin"][chosen][row] + position).clamp(max=len(table["tokens"]) - 1)
     inputs["input_ids"] = torch.where(inside, table["tokens"][source], features["pad"])
     inputs["token_type_ids"] = (inside & (position >= table["first"][chosen][row])).long()
-    labels = torch.stack([table["start"][chosen], table["end"][chosen]], 1).long()
-    labels = torch.where(weights[:, None] > 0, labels, 0)
+    labels = torch.stack([table[n][chosen] for n in ("start", "end")], 1) * weights.long()[:, None]
     return {"inputs": inputs, "places": places, "real": real, "labels": labels, "weights": weights}
 
 
 # 5. Model
 def packed_attention(module, query, key, value, mask, strata, slots, dropout=0.0, **_):
     """Attention among sequences packed in one row, none of which sees another; on any device.
-    query, key, value: [1, heads, tokens, size]. strata: of each the places of its sequences' tokens
-    [sequences, longest] and which are real [sequences, 1, 1, longest]; slots [tokens]: the place of
-    each token among the strata's. Returns [1, tokens, heads, size], None."""
+    query, key, value: [1, heads, tokens, size]; mask: None. strata: of each the places in the row
+    of its sequences' tokens [sequences, width] and which are real [sequences, 1, 1, width]; slots
+    [tokens]: each token's place among the strata's outputs. Returns [1, tokens, heads, size], None.
+    """
     heads, size = query.shape[1], query.shape[3]
     flat = torch.cat((query, key, value), dim=1)[0].transpose(0, 1)  # [tokens, 3 heads, size]
     index, outputs = torch.cat([places.flatten() for places, _ in strata]), []
     parts = flat.index_select(0, index).split([places.numel() for places, _ in strata])
     for part, (places, real) in zip(parts, strata):
         q, k, v = part.view(*places.shape, 3, heads, size).permute(2, 0, 3, 1, 4)
-        output = F.scaled_dot_product_attention(q, k, v, real, dropout)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [sequences x longest, heads, size]
+        output = F.scaled_dot_product_attention(q, k, v, real, dropout)  # scales as BERT does
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [sequences x width, heads, size]
     return torch.cat(outputs).index_select(0, slots)[None], None
 
 
@@ -485,7 +481,7 @@ def span_logits(model, batch, args):
 
 
 class SpanModel(torch.nn.Module):
-    """The model and its loss, the sum of start's and end's mean over count, in one forward."""
+    """The model and its loss in one forward: a micro-batch's sum over the step's features."""
 
     def __init__(self, model, args):
         super().__init__()
@@ -517,6 +513,7 @@ def load_tokenizer(args):
         tokenizer = sample_tokenizer()
         sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
         sizes |= {"intermediate_size": 512, "initializer_range": 0.05}  # about a million weights
+        sizes |= {"max_position_embeddings": max(args.max_length, 512)}
         return tokenizer, transformers.BertConfig(vocab_size=len(tokenizer), **sizes)
     name, where = args.model, f"--model {args.model}"
     files = os.listdir(name) if Path(name).is_dir() else ["vocab.txt"]
@@ -559,9 +556,10 @@ def load_model(args, config):
 
 def compile_layers(model):
     """Compiles layer by layer: they are alike, so that one layer's time is enough for all."""
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not shutil.which(os.environ.get("CC", "cc")) or not header.exists():
-        return log(f"not compiling: this node has no C compiler or no {header}; going on without")
+    cuda, header = model.device.type == "cuda", Path(sysconfig.get_path("include"), "Python.h")
+    compiler = os.environ.get("CC", "cc") if cuda else os.environ.get("CXX", "g++")
+    if not shutil.which(compiler) or not header.exists():
+        return log(f"not compiling: this node has no {compiler} or no {header}; going on without")
     torch._dynamo.config.recompile_limit = 32  # bucketed batches come in several shapes
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer where DDP's buckets end
     for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
@@ -766,7 +764,7 @@ def evaluate_model(args, device, model, features):
     for windows in progress(np.split(order, cuts)[RANK::WORLD], "evaluating"):  # DDP: whole ones
         if STOP:
             break
-        longest, shapes = int(lengths[windows[0]]) + 1, {"rows": len(windows)}
+        longest, shapes = int(lengths[windows[0]]), {"rows": len(windows)}
         if args.batching == "packed":
             shapes["tokens"] = int(lengths[windows].sum()) // 8 * 8 + 8
             shapes["strata"] = [(0, len(windows), longest)]
@@ -785,7 +783,7 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
     training.train()
     shares = torch.tensor(plan["shares"], device=device)  # [steps, parts, rows]
     first, steps = state["step"], len(shares)
-    # Each life warms up (compiling, allocating), the first profiles; then intervals are steady.
+    # Each life warms up (compiling, allocating), one profiles; then intervals are steady.
     every = min(args.log_every, max(steps // 4, 1))
     warm = first + min(5, (steps - first) // 4)
     profiled = warm + 3 * (args.profile and not state["operators"] and steps - first >= 8)
@@ -794,7 +792,7 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
     mark = wall = saved = time.perf_counter()
 
     def flush(done):
-        """Reads losses and times of the steps from read to done: the one wait for the device."""
+        """Reads losses and times of the steps from read to done, which waits for the device."""
         nonlocal mark, wall, read
         dist.all_reduce(losses)  # DDP: the sum of the parts is the global mean
         values = torch.stack((losses, norms), 1)[: done - read].tolist()
@@ -852,7 +850,7 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
             profiler.step()  # after the third it writes the trace
             if done == profiled:
                 table = profiler.key_averages().table(f"self_{device.type}_time_total", 20)
-                state["operators"], profiler = table, profiler.stop()
+                state["operators"], profiler = table, profiler.stop()  # stop() returns None
                 state["beside"]["profile"] += time.perf_counter() - begin
         due = done % args.save_every == 0 if args.save_every else begin - saved > SAVE_SECONDS
         # DDP: all ranks save and stop at the same step. Asking is a wait, so not at every step.
@@ -925,7 +923,7 @@ def run(args):
         on_purpose = args.device != "auto" or args.device_type == "cuda" or hours < CPU_HOURS
         mend = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
         require(on_purpose, f"{what} take a CPU about {hours:.0f} hours: {mend}")
-        log(f"{what} = {args.accumulate} x {plan['shapes']['rows']}")
+        log(f"{what}, {args.accumulate} x {plan['shapes']['rows']} at most on a rank")
         if args.compile:
             compile_layers(model)
         save = functools.partial(save_checkpoint, output, model, optimizer, names, state, settings)

@@ -700,6 +700,32 @@ def test_a_killed_rank_ends_all(tmp_path):
         end(process)
 
 
+COUNT_READS = """
+import collections
+reads, trains = collections.Counter(), train.train
+for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__"):
+    def counted(self, *args, usual=getattr(torch.Tensor, name), name=name, **how):
+        reads[name] += 1
+        return usual(self, *args, **how)
+    setattr(torch.Tensor, name, counted)
+def counting(*parts):
+    reads.clear()
+    trains(*parts[:-1], lambda: print("reads", dict(reads), flush=True))  # in the place of save()
+train.train = counting
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
+def test_a_step_waits_for_nothing(ranks, strategy):
+    """No value is read on the host but a log interval's, and what the ranks ask one another: at
+    each step on a CPU, where asking is cheap, and on a GPU once an interval."""
+    how = [*SHORT, "--log-every", "3", "--accumulate", "2", "--strategy", strategy]
+    run = ranks(2, *how, patch=COUNT_READS)
+    assert run.codes == [0, 0], run.log[-3000:]
+    assert len(run.column("loss")) == 4
+    assert run.log.count("reads {'cpu': 12, 'numpy': 12, 'tolist': 4}") == 2, run.log[-3000:]
+
+
 def test_an_exception_on_one_rank_ends_all(tmp_path):
     """A train.py that fails on rank 1 only; the log names the rank and shows where."""
     for name in ("baseline", "DISTRIBUTED"):

@@ -8,6 +8,9 @@
 The interval is as wide as 195 questions make it: one answer more or less is half a point, and runs
 differ in many. --halves trains on every second article of train.json and scores the others and
 dev.json, 4 to 5 times as many questions, so that the same number of pairs tells twice as much.
+--same-batches asks what packing alone changes: the other run draws packed's batches too, dropout is
+off, and the pair differs in how a batch is laid out and nothing else. Without it each draws its own
+batches and masks, and two runs differ as two seeds do.
 "dynamic" has the batches of "padded", each padded to its own longest: the same mathematics, sooner
 done. A run that is there in --work is not done again. The table is written after each pair.
 """
@@ -18,6 +21,19 @@ from pathlib import Path
 
 import measuring
 
+# train.py with packed's batches, whatever --batching says of how they are laid out.
+SAME_BATCHES = """
+import importlib.util, sys, types
+spec = importlib.util.spec_from_file_location("train", sys.argv[1])
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+own = train.plan_epoch
+def plan_epoch(lengths, args, epoch):
+    return own(lengths, types.SimpleNamespace(**vars(args) | {"batching": "packed"}), epoch)
+train.plan_epoch = plan_epoch
+del sys.argv[0]
+train.main()
+"""
 # Student's t, two-sided 95 %, by degrees of freedom from 1: pairs less one.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -29,6 +45,7 @@ def main():
     parser.add_argument(
         "--halves", action="store_true", help="score half of train.json's articles too"
     )
+    parser.add_argument("--same-batches", action="store_true", help="packed's, in both; no dropout")
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time, the cores shared")
     parser.add_argument("--work", type=Path, default=Path("runs/paired"), help="the runs' folder")
     parser.add_argument("--output", type=Path, default=measuring.RESULTS / "seeds-paired.json")
@@ -40,19 +57,21 @@ def main():
         usual = ["--model", measuring.SHARED / "minilm", "--train-file", files[0]]
         usual += ["--validation-file", files[1], "--batch-size", "16", "--learning-rate", "1e-4"]
         usual += ["--device", "auto" if os.getenv("SLURM_JOB_ID") else "cpu"]
+    usual += ["--dropout", "0"] if options.same_batches else []
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // options.at_once))}
     env = os.environ | (threads if options.at_once > 1 else {})
 
     def run(seed, batching):
         output = options.work / f"{batching}-{seed}"
-        call = [sys.executable, measuring.TRAIN, *usual, *more, "--no-profile"]
+        patched = ["-c", SAME_BATCHES] if options.same_batches and batching != "packed" else []
+        call = [sys.executable, *patched, measuring.TRAIN, *usual, *more, "--no-profile"]
         call += ["--batching", batching, "--seed", str(seed), "--output", output]
         if subprocess.run(call, check=False, stdout=sys.stderr, env=env).returncode:
             sys.exit(f"error: seed {seed}, {batching} failed: mend what it says, and start again")
         return json.loads((output / "results.json").read_text())
 
     with ThreadPoolExecutor(options.at_once) as pool:
-        pairs, runs = [], []
+        pairs, runs, commits = [], [], set()
         for seed in range(42, 42 + options.seeds):
             runs.append([pool.submit(run, seed, way) for way in ("packed", options.against)])
         for seed, pair in enumerate(runs, 42):
@@ -60,7 +79,8 @@ def main():
             pairs.append([(one["f1"], one["exact_match"]) for one in results])
             (f1, _), (other, _) = pairs[-1]
             print(f"seed {seed}: F1 {f1:.1f} packed, {other:.1f} {options.against}", flush=True)
-            write(options, pairs, results[0])
+            commits |= {one["environment"]["commit"][:10] for one in results}
+            write(options, pairs, results[0], commits)
 
 
 def halves(work, train, dev):
@@ -76,7 +96,7 @@ def halves(work, train, dev):
     return work / "train.json", work / "dev.json"
 
 
-def write(options, pairs, results):
+def write(options, pairs, results, commits):
     """Writes each pair, and the mean difference with its interval."""
     rows = []
     for seed, ((f1, match), (other_f1, other_match)) in enumerate(pairs, 42):
@@ -99,12 +119,15 @@ def write(options, pairs, results):
     model = "the sample's own model" if given["sample"] else Path(given["model"]).name
     answers = json.loads((options.work / "packed-42/predictions.json").read_text())
     how += [f"{results['train_features']} features trained on", f"{len(answers)} questions scored"]
+    how += ["no dropout"] if given["dropout"] == 0 else []
     conditions = [model, *how, f"{len(pairs)} pairs of one seed each"]
+    conditions.append(f"runs of commit {' / '.join(sorted(commits))}")
     if options.against == "dynamic":
         conditions.append("dynamic: padded's batches and mathematics, padded to their longest only")
     other = options.against
     columns = ["seed", "F1 packed", f"F1 {other}", "F1 difference", "EM packed", f"EM {other}"]
     title = f"Packed against {other}, the same seeds"
+    title += ", the same batches" if options.same_batches else ", each with its own batches"
     title += ", half of the articles scored" if options.halves else ""
     table = {"title": title, "conditions": conditions}
     table |= {"columns": [*columns, "EM difference"], "rows": rows}

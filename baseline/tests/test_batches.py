@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 TRAIN = pathlib.Path(__file__).resolve().parents[1] / "train.py"
 BATCHINGS = ["padded", "dynamic", "bucketed", "packed"]
+ON_GPU = "packed as on a GPU"  # its plan: strata of several rows
 WORDS, LONGEST = 60, 64  # the vocabulary of the tokens drawn here, and --max-length
 
 
@@ -55,16 +56,18 @@ def parse(train, *words, batching="packed"):
     return train.parse_arguments(list(map(str, ["--sample", "--device", "cpu", *words])))
 
 
-def make_model(args, kind="bert", dropout=0.0):
-    """A small model in this batching's attention; a kind's weights are always the same."""
+def make_model(args, kind="bert", dropout=0.0, hidden=None):
+    """A small model in this batching's attention; a kind's weights are always the same. hidden:
+    the dropout outside attention, where it is another."""
+    hidden = dropout if hidden is None else hidden
     sizes = {"vocab_size": WORDS, "max_position_embeddings": args.max_length}
     if kind == "distilbert":
         sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "qa_dropout": 0.0}
-        sizes |= {"dropout": dropout, "attention_dropout": dropout}
+        sizes |= {"dropout": hidden, "attention_dropout": dropout}
         config = transformers.DistilBertConfig(**sizes)
     else:
         sizes |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        sizes |= {"intermediate_size": 48, "hidden_dropout_prob": dropout}
+        sizes |= {"intermediate_size": 48, "hidden_dropout_prob": hidden}
         sizes |= {"attention_probs_dropout_prob": dropout, "initializer_range": 0.3}
         if kind == "electra":
             sizes |= {"embedding_size": 16}
@@ -79,7 +82,8 @@ def make_model(args, kind="bert", dropout=0.0):
 def losses_and_gradients(train, monkeypatch, features, numbers, batching, accumulate, kind):
     """Each batch's loss and gradients, as the training loop makes them."""
     args = parse(train, "--accumulate", accumulate, "--batch-size", numbers.shape[1], "--epochs", 1)
-    args.batching = batching
+    args.batching = "packed" if batching == ON_GPU else batching
+    args.device_type = "cuda" if batching == ON_GPU else "cpu"
     with monkeypatch.context() as patch:
         patch.setattr(train, "plan_epoch", lambda lengths, args, epoch: numbers)
         plan = train.plan_training(features["lengths"], args)
@@ -142,14 +146,45 @@ def test_every_batching_gives_the_same_loss_and_gradients(
     accumulate = min(accumulate, numbers.shape[1])
     features = make_features(lengths)
     plain = [plain_loss(train, features, batch, kind) for batch in numbers]
-    for batching in BATCHINGS:
+    for batching in [*BATCHINGS, ON_GPU]:
         told = losses_and_gradients(
             train, monkeypatch, features, numbers, batching, accumulate, kind
         )
         for (loss, gradients), (want, wanted) in zip(told, plain, strict=True):
             assert loss == pytest.approx(want, abs=1e-5), batching
             for name, gradient in gradients.items():
-                torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batching", ["packed", ON_GPU])
+def test_real_questions_have_the_padded_gradients(train, squad, minilm, batching):
+    """A real encoder on real questions: one batch of them, packed against padded."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    features = train.build_features(
+        train.read_squad(squad / "dev.json", 12), tokenizer, 384, 128, "a file"
+    )
+    features |= {"lengths": np.diff(features["begin"]), "pad": tokenizer.pad_token_id}
+    names = ("tokens", "begin", "first", "start", "end", "lengths")
+    features["table"] = {name: torch.tensor(features[name]) for name in names}
+    told = []
+    for way in (batching, "padded"):
+        words = ["--model", minilm, "--device", "cpu", "--epochs", 1, "--dropout", 0]
+        words += ["--batch-size", len(features["lengths"])]
+        args = train.parse_arguments([*map(str, words)])
+        args.device_type = "cuda" if way == ON_GPU else "cpu"
+        args.batching = "padded" if way == "padded" else "packed"
+        plan = train.plan_training(features["lengths"], args)
+        _, config = train.load_tokenizer(args)
+        training = train.SpanModel(train.load_model(args, config), args).train()
+        shares, longest = torch.tensor(plan["shares"])[0, 0], int(plan["longest"][0, 0])
+        batch = train.make_batch(features, shares, plan["shapes"], longest)
+        loss = training(batch, int(plan["features"][0]))
+        loss.backward()
+        told.append((loss.item(), {n: p.grad for n, p in training.model.named_parameters()}))
+    (loss, gradients), (want, wanted) = told
+    assert loss == pytest.approx(want, abs=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=0, msg=name)
 
 
 def pack(train, lengths, seed=0, extra=7):
@@ -227,6 +262,18 @@ def test_attention_drops_as_the_models_config_says(train):
         assert torch.equal(one, two) == same
 
 
+@pytest.mark.parametrize("kind", ["bert", "electra", "distilbert"])
+def test_attentions_own_dropout_reaches_it(train, kind):
+    """With no other dropout, two passes differ in training alone: the model hands its rate on."""
+    args, features, shapes, longest = pack(train, [64, 64])
+    batch = train.make_batch(features, torch.arange(2), shapes, longest)
+    model = make_model(args, kind, dropout=0.5, hidden=0.0)
+    for mode, same in ((model.train, False), (model.eval, True)):
+        mode()
+        one, two = (train.span_logits(model, batch, args) for _ in range(2))
+        assert torch.equal(one, two) == same
+
+
 # The plan of an epoch
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 203])
@@ -290,10 +337,7 @@ def test_padding_on_real_text(train, squad, minilm, rows, accumulate):
     args = parse(train, "--batch-size", rows, "--accumulate", accumulate, "--epochs", 3)
     args.max_length = 384
     plan = train.plan_training(np.diff(features["begin"]), args)
-    full = np.arange(len(plan["shares"])) % plan["steps_an_epoch"] < plan["steps_an_epoch"] - 1
-    assert 1 - plan["tokens"][full].sum() / plan["computed"][full].sum() < 0.04
-    if len(features["begin"]) % rows == 1:
-        assert padding_share(plan) < 0.04
+    assert padding_share(plan) < 0.04, "the last batches, which are not full, too"
 
 
 # The step
@@ -368,20 +412,21 @@ def test_a_step_waits_for_nothing(train, monkeypatch, tmp_path, batching):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_more_steps_wait_no_more_on_a_gpu(train, monkeypatch, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--precision", "bf16", "--compile")])
+def test_more_steps_wait_no_more_on_a_gpu(train, monkeypatch, tmp_path, more):
     """Twice the steps, the same number of intervals: the same number of synchronisations."""
     counts = []
-    for steps in (8, 16, 32):  # the first warms up
+    for steps in (8, 16, 32):  # four intervals each; the first warms up
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                words = ("--max-steps", steps, "--log-every", 8)
+                words = ("--max-steps", steps, "--log-every", 8, *more)
                 go(train, monkeypatch, tmp_path, *words, device="cuda")
         finally:
             torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchronizing" in str(one.message) for one in told))
-    assert counts[1] // 2 == counts[2] // 4 or counts[1] == counts[2]
+    assert counts[1] == counts[2]
 
 
 def test_gradients_are_freed_and_memory_is_steady(train, monkeypatch, tmp_path):
@@ -420,15 +465,17 @@ def test_one_seed_is_one_training(train, monkeypatch, tmp_path):
 
 
 # Compiling
-COMPILER = shutil.which(os.environ.get("CC", "cc")) and shutil.which("c++")
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
-@pytest.mark.skipif(not COMPILER, reason="needs a C compiler")
 @pytest.mark.parametrize("batching, shapes", [("packed", 1), ("padded", 1), ("bucketed", 3)])
 def test_compiling_makes_one_graph_a_shape(train, monkeypatch, tmp_path, batching, shapes):
     """Each layer's graph is made once for each shape, and never again; bucketed batches are as
     long as a multiple of 64: 64, 128 and 192 here."""
     graphs, usual = [], torch.nn.Module.compile
+    monkeypatch.setenv("CXX", sys.executable)  # the backend here is no compiler and needs none
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(train.sysconfig, "get_path", lambda name: str(tmp_path))
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -453,18 +500,21 @@ def test_compiling_makes_one_graph_a_shape(train, monkeypatch, tmp_path, batchin
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
 
-def test_without_a_compiler_it_says_so_and_goes_on(train, monkeypatch):
+@pytest.mark.parametrize("name, device", [("CXX", "cpu"), ("CC", "cuda")])
+def test_without_a_compiler_it_says_so_and_goes_on(train, monkeypatch, name, device):
+    """A CPU's code is C++; on a GPU, C code starts the kernels."""
     lines = []
     monkeypatch.setattr(train, "log", lines.append)
-    monkeypatch.setenv("CC", "no-compiler-of-this-name")
+    monkeypatch.setenv(name, "no-compiler-of-this-name")
     model = make_model(parse(train))
+    monkeypatch.setattr(type(model), "device", torch.device(device))
     train.compile_layers(model)
-    assert len(lines) == 1 and "no C compiler" in lines[0]
+    assert len(lines) == 1 and "no-compiler-of-this-name" in lines[0]
     assert all(layer._compiled_call_impl is None for layer in model.bert.encoder.layer)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not COMPILER, reason="needs a C compiler")
+@pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 def test_compiled_training_has_the_same_losses(train, monkeypatch, tmp_path, batching):
     """With the real compiler, its cache empty: one graph a layer, none after the first step."""
@@ -621,6 +671,7 @@ def test_preparing_is_faster_than_the_usual_way(train):
 BIG = """
 import json, sys, time
 import importlib.util, resource
+resource.setrlimit(resource.RLIMIT_DATA, (1500 << 20, -1))  # all of it, torch too
 spec = importlib.util.spec_from_file_location("train", sys.argv[1])
 train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)

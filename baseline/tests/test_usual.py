@@ -408,6 +408,21 @@ def test_real_logits_give_the_usual_answers(train, squad, minilm):
     assert told["packed"] == usual
 
 
+def test_windows_as_long_as_the_model_takes(train, made):
+    """--max-length may be the model's own limit: evaluation needs no place beyond it."""
+    features = build(train, awkward_data(), made, 40, 10)
+    assert features["lengths"].max() == 40
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 40, "initializer_range": 0.5}
+    config, told = transformers.BertConfig(vocab_size=len(made), **sizes), []
+    for batching in ("packed", "padded"):
+        words = ["--sample", "--device", "cpu", "--batching", batching, "--max-length", "40"]
+        args = train.parse_arguments([*words, "--stride", "10"])
+        model = train.load_model(args, config)
+        told.append(train.evaluate_model(args, torch.device("cpu"), model, features))
+    assert told[0] == told[1] and len(set(told[0].values())) > 3
+
+
 # Scores
 WORDS = ["a", "an", "the", "The", "AN", ".", ",", "!?", "-", "'", "U.S.", "U.S.A", "don't", "«o»"]
 WORDS += ["Galicia", "galicia,", "İ", "ß", "Straße", "1,000", "1000", "\u00a0"]
