@@ -322,10 +322,10 @@ def speed(run):
     return statistics.median(windows(run)) if windows(run) else None
 
 
-def speed_up(run, other, of=lambda run: get(run, "tokens_per_second")):
+def speed_up(run, other):
     if forbids := differences(run, other)[0]:
         return "not compared: " + ", ".join(forbids)
-    ours, theirs = of(run), of(other)
+    ours, theirs = mean_speed([run]), mean_speed([other])
     return f"{ours / theirs:.2f}" if ours and theirs else MISSING
 
 
@@ -419,14 +419,16 @@ def ladder_table(runs):
         around = f" ({number(min(speeds))} to {number(max(speeds))})" if len(speeds) > 1 else ""
         row = {"rung": run["name"], "what changed": ", ".join(differences(run, before)[1]) or "-"}
         row |= {"tokens/s": number(speed(run)) + around}
-        row |= {"over the first": speed_up(run, runs[0], speed)}
-        row |= {"over the one before": speed_up(run, before, speed)}
+        row |= {"all steady steps": shown(run, "tokens/s")}
+        row |= {"over the first": speed_up(run, runs[0])}
+        row |= {"over the one before": speed_up(run, before)}
         columns = ("MFU", "peak GiB a rank", "padding", "warm-up s")
         row |= {name: shown(run, name) for name in columns}
         row |= {"loss differs by": loss_agreement(run, runs[:place])}
         rows.append(row | {"F1": shown(run, "F1")})
-    before = f"""Real tokens/s: the median of three windows of the steady steps (least to most).
-    Loss: the largest difference over the first {FIRST_LOSSES} log intervals."""
+    before = f"""Real tokens/s: the median of three windows of the steady steps (least to most), and over
+    all of them, which the ratios take: a window of few steps may miss a long batch. Loss: the
+    largest difference over the first {FIRST_LOSSES} log intervals."""
     return table(conditions(runs, before), rows)
 
 
@@ -765,8 +767,8 @@ def trace_table(runs):
 
 
 def speed_chart(runs):
-    title = "Real tokens a second"
-    speeds = {run["name"]: speed(run) for run in runs if speed(run)}
+    title = "Real tokens a second, all steady steps"
+    speeds = {run["name"]: mean_speed([run]) for run in runs if mean_speed([run])}
     bars = ("bar", list(speeds.values()))
     return xychart(title, list(speeds), "tokens/s", bars) if speeds else f"{title}: {MISSING}."
 

@@ -334,14 +334,14 @@ def test_ladder(tmp_path):
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["| 1-fp32", "| 2-tf32", "| 3-dynamic", "| 10-packed"]
     assert [row[1] for row in rows][1:3] == ["precision fp32 → tf32", "batching padded → dynamic"]
-    assert [row[3:5] for row in rows] == [
-        ["1.00", "1.00"],
-        ["2.00", "2.00"],
-        ["3.00", "1.50"],
-        ["6.00", "2.00"],
+    assert [row[3:6] for row in rows] == [
+        ["1,000", "1.00", "1.00"],
+        ["2,000", "2.00", "2.00"],
+        ["3,000", "3.00", "1.50"],
+        ["6,000", "6.00", "2.00"],
     ]
-    assert rows[1][9] == "1.4e-02 from 1-fp32" and rows[2][9] == "0.0e+00 from 1-fp32"
-    assert rows[3][9] == "no earlier rung has these batches"
+    assert rows[1][10] == "1.4e-02 from 1-fp32" and rows[2][10] == "0.0e+00 from 1-fp32"
+    assert rows[3][10] == "no earlier rung has these batches"
     assert re.match(r"2,000 \(2,000 to 2,000\)", rows[1][2])
     assert 'x-axis ["1-fp32", "2-tf32", "3-dynamic", "10-packed"]' in text
     assert "## Ladder" in report(tmp_path / "ladder")
