@@ -1,7 +1,7 @@
 """Compares train.py with the usual ways of training the same model on the same features.
 
     python baseline/tests/bench.py    two cores, fp32, a small BERT: 20 quiet minutes
-    python baseline/tests/bench.py --device cuda --batch-size 128    bf16, BERT-Base
+    python baseline/tests/bench.py --device cuda --batch-size 128    bf16, BERT-Base; bench-cuda.json
 
 ours: train.py's own loop, packed and fused. The others read the same features: a plain loop as the
 well-known examples write it; transformers' Trainer as it comes, and at its best; Lightning's.
@@ -74,8 +74,9 @@ def usual_rows(features):
 class Bench:
     def __init__(self, options):
         self.options, self.train = options, measuring.load_train()
-        self.argv = ["--model", str(options.model), "--train-file", str(options.data)]
-        self.argv += ["--device", options.device, "--batch-size", str(options.batch_size)]
+        self.argv = ["--model", str(options.model), "--device", options.device]
+        self.argv += ["--train-file", str(options.data)] if options.data else []
+        self.argv += ["--batch-size", str(options.batch_size)]
         self.argv += ["--epochs", "1", "--no-profile"]
         self.argv += ["--precision", options.precision] if options.precision else []
         args = self.train.parse_arguments(self.argv)
@@ -94,7 +95,9 @@ class Bench:
     def args(self, seed):
         return self.train.parse_arguments([*self.argv, "--seed", str(seed)])
 
-    def fresh_model(self, seed):
+    def fresh_model(self, seed, precision=None):
+        tf32 = (precision or self.precision) == "tf32"
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.manual_seed(seed)
         family, config = transformers.AutoModelForQuestionAnswering, copy.deepcopy(self.config)
         if self.options.base:
@@ -131,7 +134,8 @@ class Bench:
     def plain(self, seed, size=None, precision=None):
         """As the examples write it: DataLoader, dynamic padding, AdamW, a scheduler, item()."""
         bf16 = (precision or self.precision) == "bf16"
-        loader, model = self.loader(size or self.options.batch_size), self.fresh_model(seed)
+        loader = self.loader(size or self.options.batch_size)
+        model = self.fresh_model(seed, precision)
         model.to(self.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
         schedule = transformers.get_scheduler("linear", optimizer, 0, self.total)
@@ -241,23 +245,35 @@ def main():
     parser.add_argument("--steps", type=int, help="that count, a turn (default: 10; cuda: 100)")
     parser.add_argument("--warmup", type=int, help="steps (default: 1; cuda: 10)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", type=Path, default=measuring.SHARED / "minilm")
+    small = measuring.SHARED.exists()  # else the hub's, which prepare.sh has fetched
+    model = measuring.SHARED / "minilm" if small else "google-bert/bert-base-uncased"
+    data = measuring.SHARED / "squad/train.json" if small else None
+    parser.add_argument("--model", default=model, help="a folder, or a name of the hub")
     parser.add_argument("--base", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--data", type=Path, default=measuring.SHARED / "squad/train.json")
-    parser.add_argument("--output", type=Path, default=measuring.RESULTS / "bench.json")
+    parser.add_argument("--data", type=Path, default=data, help="default: the hub's SQuAD")
+    parser.add_argument(
+        "--output", type=Path, help="default: results/bench.json or bench-cuda.json"
+    )
     options = parser.parse_args()
     cuda = options.device == "cuda"
     options.base = cuda if options.base is None else options.base  # BERT-Base, random weights
     options.steps = options.steps or (100 if cuda else 10)
     options.warmup = options.warmup or (10 if cuda else 1)
-    measuring.need(options.model, options.data)
+    name = "bench-cuda.json" if cuda else "bench.json"
+    options.output = options.output or measuring.RESULTS / name
+    measuring.need(*([options.data] if options.data else []))
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
-    bench = Bench(options)
+    try:
+        bench = Bench(options)
+    except Exception as error:
+        if type(error).__name__ != "Problem":
+            raise
+        sys.exit(f"error: {error}")
     contestants, speeds = bench.contestants(), {}
     for seed in range(options.rounds):
         for name, (function, _) in contestants.items():
@@ -285,9 +301,9 @@ def write(bench, contestants, speeds):
             row.append(round(statistics.median(m[1] / o for m, o in zip(ours, cpus)), 2))
         rows.append(row)
     conditions = [
-        "BERT-Base, random weights" if options.base else options.model.name,
+        "BERT-Base, random weights" if options.base else Path(options.model).name,
         f"{bench.precision} on {bench.device}",
-        f"{len(bench.rows):,} features of {options.data.parent.name}/{options.data.name}",
+        f"{len(bench.rows):,} features of {'/'.join(options.data.parts[-2:]) if options.data else 'SQuAD'}",
         f"{options.steps} steps a turn after {options.warmup} of warm-up",
         f"{len(ours)} rounds in turns in one process, medians",
         "tokens without padding",

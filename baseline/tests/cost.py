@@ -1,6 +1,7 @@
 """Measures what train.py costs, and how the cost grows: linear is the claim.
 
-    python baseline/tests/cost.py [prepare] [decode] [start] [step] [compile]      all: 15 minutes
+    python baseline/tests/cost.py [prepare] [decode] [start] [step] [compile] [ceiling]    all: 15 minutes
+    python baseline/tests/cost.py ceiling --device cuda --output ceiling.json    BERT-Base's, in bf16
 
 Each measurement is a process of its own, so that memory is its own too. The tables go to
 baseline/results/growth.json; those that are not measured again stay there as they are.
@@ -472,19 +473,106 @@ def compilation(folder):
     return [("Does compiling pay on a CPU?", how, columns, rows)]
 
 
+# 5. The ceiling
+def multiplications(device, config, tokens, kind):
+    """Yields of each multiplication of a layer its shape, how many there are, and the FLOP/s of its
+    forward and backward pass, with nothing else around it."""
+    import torch
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    for many, k, n in ((4, hidden, hidden), (1, hidden, inner), (1, inner, hidden)):
+        x, w, y = (
+            torch.randn(*s, device=device, dtype=kind) for s in ((tokens, k), (n, k), (tokens, n))
+        )
+        for name, work, count in (
+            ("forward", lambda x=x, w=w: x @ w.T, 1),
+            ("backward", lambda x=x, w=w, y=y: (y @ w, y.T @ x), 2),
+        ):
+            spent, repeats = [], 50 if device == "cuda" else 3
+            for _ in range(7):
+                wait()
+                begin = time.perf_counter()
+                for _ in range(repeats):
+                    work()
+                wait()
+                spent.append((time.perf_counter() - begin) / repeats)
+            yield (
+                f"[{tokens}, {k}] x [{k}, {n}]",
+                many,
+                name,
+                2 * count * tokens * k * n,
+                min(spent),
+            )
+
+
+def measure_ceiling(device):
+    """One process: rows of the table, and FLOP/s of a layer's multiplications together."""
+    import torch
+
+    torch.set_num_threads(2)
+    cuda = device == "cuda"
+    if cuda:
+        config, tokens = measuring.load_train().transformers.BertConfig(), 128 * 170
+    else:
+        config, tokens = ready()[0].transformers.AutoConfig.from_pretrained(MODEL), 3072
+    kind, rows, work, seconds = torch.bfloat16 if cuda else torch.float32, [], 0, 0.0
+    for shape, many, name, flop, spent in multiplications(device, config, tokens, kind):
+        work, seconds = work + many * flop, seconds + many * spent
+        rows.append([shape, many, name, float(f"{flop / spent / 1e12:.3g}")])
+    rows.append(["all of a layer", "", "both", float(f"{work / seconds / 1e12:.3g}")])
+    return (
+        rows,
+        work / seconds,
+        6
+        * config.num_hidden_layers
+        * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size),
+        config,
+    )
+
+
+def ceiling(folder, device="cpu"):
+    del folder
+    rows, rate, weights, config = fresh(measure_ceiling, device)
+    how = ["BERT-Base, bf16" if device == "cuda" else "minilm, fp32, two threads"]
+    how.append("the multiplications alone, the fastest of 7; the step: median of 2")
+    if device == "cpu":
+        found = fresh(step, 3072, 128)
+        flop = 3072 * (weights + 12 * config.num_hidden_layers * config.hidden_size * 128)
+        speed = flop / found["seconds"]
+        rows.append(
+            [
+                "a whole step of train.py",
+                "",
+                f"{speed / rate:.0%} of that",
+                float(f"{speed / 1e12:.3g}"),
+            ]
+        )
+    columns = ["multiplication", "a layer", "pass", "TFLOP/s"]
+    return [("A step against its multiplications alone", how, columns, rows)]
+
+
 PARTS = {"prepare": preparation, "decode": decoding, "start": start}
-PARTS |= {"step": steps, "compile": compilation}
+PARTS |= {"step": steps, "compile": compilation, "ceiling": ceiling}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ceiling alone")
     parser.add_argument("--output", type=Path, default=measuring.RESULTS / "growth.json")
     options = parser.parse_args()
     wrong = set(options.parts) - set(PARTS)
     if wrong:
         sys.exit(f"error: {wrong.pop()} is no part: give some of {', '.join(PARTS)}")
-    measuring.need(SQUAD, MODEL)
+    cuda = options.device == "cuda"
+    if cuda and options.parts != ["ceiling"]:
+        sys.exit("error: --device cuda is for ceiling alone: cost.py ceiling --device cuda")
+    measuring.need(*(() if cuda else (SQUAD, MODEL)))
+    PARTS["ceiling"] = functools.partial(ceiling, device=options.device)
     with tempfile.TemporaryDirectory() as folder:
         for part in options.parts or PARTS:
             tables = []

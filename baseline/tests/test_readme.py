@@ -44,7 +44,9 @@ def test_figures_are_what_the_report_prints(words, text):
 
 
 def test_figures_name_what_they_were_measured_on():
-    marks = [sum(t.count(mark) for t in PAGES.values()) for mark in ("<!-- report:", "<!-- end -->")]
+    marks = [
+        sum(t.count(mark) for t in PAGES.values()) for mark in ("<!-- report:", "<!-- end -->")
+    ]
     assert BLOCKS and marks == [len(BLOCKS)] * 2
     for words, text in BLOCKS:
         if "--table" in words:
