@@ -421,6 +421,8 @@ def test_windows_as_long_as_the_model_takes(train, made):
         model = train.load_model(args, config)
         told.append(train.evaluate_model(args, torch.device("cpu"), model, features))
     assert told[0] == told[1] and len(set(told[0].values())) > 3
+    _, config = train.load_tokenizer(train.parse_arguments(["--sample", "--max-length", "600"]))
+    assert config.max_position_embeddings == 600, "the sample's own model has what it is asked for"
 
 
 # Scores
