@@ -386,7 +386,8 @@ def seeds_table(runs):
         row |= {"runs": len(group), "seeds": ", ".join(str(argument(run, "seed")) for run in group)}
         columns = ["EM", "F1", "epoch s", "tokens/s", "peak GiB a rank"]
         rows.append(row | {name: shown(group, name) for name in columns})
-    before = "Mean ± standard deviation over runs that differ in the seed alone."
+    others = " and the commit" if len(set(map(commit, runs))) > 1 else " alone"
+    before = f"Mean ± standard deviation over runs that differ in the seed{others}."
     return table(conditions(runs, before), rows)
 
 
