@@ -1,7 +1,7 @@
 """Compares train.py with the usual ways of training the same model on the same features.
 
     python baseline/tests/bench.py    two cores, fp32, a small BERT: 20 quiet minutes
-    python baseline/tests/bench.py --device cuda --batch-size 128    bf16, BERT-Base; bench-cuda.json
+    python baseline/tests/bench.py --device cuda --batch-size 128   bf16, BERT-Base: bench-cuda.json
 
 ours: train.py's own loop, packed and fused. The others read the same features: a plain loop as the
 well-known examples write it; transformers' Trainer as it comes, and at its best; Lightning's.
@@ -72,8 +72,8 @@ def usual_rows(features):
 
 
 class Bench:
-    def __init__(self, options):
-        self.options, self.train = options, measuring.load_train()
+    def __init__(self, options, train):
+        self.options, self.train = options, train
         self.argv = ["--model", str(options.model), "--device", options.device]
         self.argv += ["--train-file", str(options.data)] if options.data else []
         self.argv += ["--batch-size", str(options.batch_size)]
@@ -261,19 +261,19 @@ def main():
     options.warmup = options.warmup or (10 if cuda else 1)
     name = "bench-cuda.json" if cuda else "bench.json"
     options.output = options.output or measuring.RESULTS / name
-    measuring.need(*([options.data] if options.data else []))
+    if options.data:
+        measuring.need(options.data)
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
+    train = measuring.load_train()
     try:
-        bench = Bench(options)
-    except Exception as error:
-        if type(error).__name__ != "Problem":
-            raise
-        sys.exit(f"error: {error}")
+        bench = Bench(options, train)
+    except train.Problem as problem:
+        sys.exit(f"error: {problem}")
     contestants, speeds = bench.contestants(), {}
     for seed in range(options.rounds):
         for name, (function, _) in contestants.items():
@@ -303,7 +303,7 @@ def write(bench, contestants, speeds):
     conditions = [
         "BERT-Base, random weights" if options.base else Path(options.model).name,
         f"{bench.precision} on {bench.device}",
-        f"{len(bench.rows):,} features of {'/'.join(options.data.parts[-2:]) if options.data else 'SQuAD'}",
+        f"{len(bench.rows):,} features of {options.data.name if options.data else 'SQuAD'}",
         f"{options.steps} steps a turn after {options.warmup} of warm-up",
         f"{len(ours)} rounds in turns in one process, medians",
         "tokens without padding",

@@ -1,6 +1,6 @@
 """Measures what train.py costs, and how the cost grows: linear is the claim.
 
-    python baseline/tests/cost.py [prepare] [decode] [start] [step] [compile] [ceiling]    all: 15 minutes
+    python baseline/tests/cost.py [prepare] [decode] [start] [step] [compile] [ceiling]   15 minutes
     python baseline/tests/cost.py ceiling --device cuda --output ceiling.json    BERT-Base's, in bf16
 
 Each measurement is a process of its own, so that memory is its own too. The tables go to
@@ -475,77 +475,46 @@ def compilation(folder):
 
 
 # 5. The ceiling
-def multiplications(device, config, tokens, kind):
-    """Yields of each multiplication of a layer its shape, how many there are, and the FLOP/s of its
-    forward and backward pass, with nothing else around it."""
+def multiplications(device):
+    """One process: rows of the table, and of a layer's multiplications together the FLOP/s and the
+    FLOP of a token, forward and backward; and the model's config."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    hidden, inner = config.hidden_size, config.intermediate_size
-    for many, k, n in ((4, hidden, hidden), (1, hidden, inner), (1, inner, hidden)):
-        x, w, y = (
-            torch.randn(*s, device=device, dtype=kind) for s in ((tokens, k), (n, k), (tokens, n))
-        )
-        for name, work, count in (
-            ("forward", lambda x=x, w=w: x @ w.T, 1),
-            ("backward", lambda x=x, w=w, y=y: (y @ w, y.T @ x), 2),
-        ):
-            spent, repeats = [], 50 if device == "cuda" else 3
-            for _ in range(7):
-                wait()
-                begin = time.perf_counter()
-                for _ in range(repeats):
-                    work()
-                wait()
-                spent.append((time.perf_counter() - begin) / repeats)
-            yield (
-                f"[{tokens}, {k}] x [{k}, {n}]",
-                many,
-                name,
-                2 * count * tokens * k * n,
-                min(spent),
-            )
-
-
-def measure_ceiling(device):
-    """One process: rows of the table, and FLOP/s of a layer's multiplications together."""
-    import torch
-
-    torch.set_num_threads(2)
-    cuda = device == "cuda"
-    if cuda:
-        config, tokens = measuring.load_train().transformers.BertConfig(), 128 * 170
+    if device == "cuda":
+        config = measuring.load_train().transformers.BertConfig()
+        tokens, kind = 128 * 170, torch.bfloat16  # a batch of 128
     else:
-        config, tokens = ready()[0].transformers.AutoConfig.from_pretrained(MODEL), 3072
-    kind, rows, work, seconds = torch.bfloat16 if cuda else torch.float32, [], 0, 0.0
-    for shape, many, name, flop, spent in multiplications(device, config, tokens, kind):
-        work, seconds = work + many * flop, seconds + many * spent
-        rows.append([shape, many, name, float(f"{flop / spent / 1e12:.3g}")])
-    rows.append(["all of a layer", "", "both", float(f"{work / seconds / 1e12:.3g}")])
-    return (
-        rows,
-        work / seconds,
-        6
-        * config.num_hidden_layers
-        * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size),
-        config,
-    )
+        config, tokens, kind = ready()[0].transformers.BertConfig.from_pretrained(MODEL), 3072, None
+    hidden, inner, rows, work, seconds = config.hidden_size, config.intermediate_size, [], 0, 0.0
+    for many, k, n in ((4, hidden, hidden), (1, hidden, inner), (1, inner, hidden)):
+        shapes = {"x": (tokens, k), "w": (n, k), "y": (tokens, n)}
+        given = {i: torch.randn(*shape, device=device, dtype=kind) for i, shape in shapes.items()}
+        for name, code, count in (("forward", "x @ w.T", 1), ("backward", "y @ w; y.T @ x", 2)):
+            spent = Timer(code, globals=given, num_threads=2).blocked_autorange().median
+            flop = 2 * count * tokens * k * n
+            work, seconds = work + many * flop, seconds + many * spent
+            rows.append([f"[{tokens}, {k}] x [{k}, {n}]", many, name, tera(flop / spent)])
+    rows.append(["all of a layer", "", "both", tera(work / seconds)])
+    return rows, work / seconds, work / tokens, config
+
+
+def tera(rate):
+    return float(f"{rate / 1e12:.3g}")
 
 
 def ceiling(folder, device="cpu"):
     del folder
-    rows, rate, weights, config = fresh(measure_ceiling, device)
+    rows, rate, flop, config = fresh(multiplications, device)
     how = ["BERT-Base, bf16" if device == "cuda" else "minilm, fp32, two threads"]
-    how.append("the multiplications alone, the fastest of 7; the step: median of 2")
+    how.append("medians; the multiplications alone, as torch.utils.benchmark times them")
     if device == "cpu":
-        flop = 3072 * (weights + 12 * config.num_hidden_layers * config.hidden_size * 128)
+        how.append("the step: 3,072 tokens in sequences of 128")
+        flop = 3072 * config.num_hidden_layers * (flop + 12 * config.hidden_size * 128)
         for name, dropout in (("a whole step of train.py", None), ("without dropout", 0)):
-            spent = fresh(functools.partial(step, 3072, 128, dropout=dropout))["seconds"]
-            speed = float(f"{flop / spent / 1e12:.3g}")
-            rows.append([name, "", f"{flop / spent / rate:.0%} of that", speed])
+            found = fresh(functools.partial(step, 3072, 128, steps=3, dropout=dropout))
+            speed = flop / found["seconds"]
+            rows.append([name, "", f"{speed / rate:.0%} of that", tera(speed)])
     columns = ["multiplication", "a layer", "pass", "TFLOP/s"]
     return [("A step against its multiplications alone", how, columns, rows)]
 
@@ -566,7 +535,8 @@ def main():
     cuda = options.device == "cuda"
     if cuda and options.parts != ["ceiling"]:
         sys.exit("error: --device cuda is for ceiling alone: cost.py ceiling --device cuda")
-    measuring.need(*(() if cuda else (SQUAD, MODEL)))
+    if not cuda:
+        measuring.need(SQUAD, MODEL)
     PARTS["ceiling"] = functools.partial(ceiling, device=options.device)
     with tempfile.TemporaryDirectory() as folder:
         for part in options.parts or PARTS:

@@ -78,10 +78,21 @@ def main():
             ours, theirs = (json.loads((f / "predictions.json").read_text()) for f in files)
             pairs.append([(one["f1"], one["exact_match"]) for one in results])
             pairs[-1].append(sum(answer != theirs[name] for name, answer in ours.items()))
-            (f1, _), (other, _), _ = pairs[-1]
+            one, other = map(losses, files)
+            pairs[-1].append(
+                max(abs(one[span] - other[span]) for span in one.keys() & other.keys())
+            )
+            (f1, _), (other, _), *_ = pairs[-1]
             print(f"seed {seed}: F1 {f1:.1f} packed, {other:.1f} {options.against}", flush=True)
             commits |= {one["environment"]["commit"][:10] for one in results}
             write(options, pairs, results[0], commits)
+
+
+def losses(folder):
+    """Returns {(first step, last step): loss} of a run's log intervals; saves cut some in two."""
+    intervals = json.loads((folder / "timings.json").read_text())["intervals"]
+    ends = [each["step"] for each in intervals]
+    return {span: each["loss"] for span, each in zip(zip([0, *ends], ends), intervals)}
 
 
 def halves(work, train, dev):
@@ -100,11 +111,11 @@ def halves(work, train, dev):
 def write(options, pairs, results, commits):
     """Writes each pair, and the mean difference with its interval."""
     rows = []
-    for seed, ((f1, match), (other_f1, other_match), differ) in enumerate(pairs, 42):
+    for seed, ((f1, match), (other_f1, other_match), differ, loss) in enumerate(pairs, 42):
         row = [seed, f1, other_f1, f1 - other_f1, match, other_match, match - other_match, differ]
-        rows.append([round(value, 2) for value in row])
-    means = [round(statistics.fmean(column), 2) for column in list(zip(*rows))[1:]]
-    rows.append(["mean", *means])
+        rows.append([*(round(value, 2) for value in row), f"{loss:.0e}"])
+    means = [round(statistics.fmean(column), 2) for column in list(zip(*rows))[1:-1]]
+    rows.append(["mean", *means, ""])
     if len(pairs) > 1:
         for_f1, for_match = (
             T[len(pairs) - 2]
@@ -112,7 +123,7 @@ def write(options, pairs, results, commits):
             / math.sqrt(len(pairs))
             for i in (3, 6)
         )
-        row = ["95 % interval, +-", "", "", round(for_f1, 2), "", "", round(for_match, 2), ""]
+        row = ["95 % interval, +-", "", "", round(for_f1, 2), "", "", round(for_match, 2), "", ""]
         rows.append(row)
     given = results["arguments"]
     names = "sample limit epochs batch_size learning_rate dropout precision device_type".split()
@@ -124,14 +135,15 @@ def write(options, pairs, results, commits):
     conditions = [model, *how, f"{len(pairs)} pairs of one seed each"]
     conditions.append(f"runs of commit {' / '.join(sorted(commits))}")
     if options.against == "dynamic":
-        conditions.append("dynamic: padded's batches and mathematics, padded to their longest only")
+        conditions.append("dynamic: as padded, but to a batch's longest only")
+    conditions.append("losses: the most over the log intervals that both runs have")
     other = options.against
     columns = ["seed", "F1 packed", f"F1 {other}", "F1 difference", "EM packed", f"EM {other}"]
     title = f"Packed against {other}, the same seeds"
     title += ", the same batches" if options.same_batches else ", each with its own batches"
     title += ", half of the articles scored" if options.halves else ""
     table = {"title": title, "conditions": conditions}
-    columns += ["EM difference", "answers that differ"]
+    columns += ["EM difference", "answers that differ", "losses differ by"]
     table |= {"columns": columns, "rows": rows}
     table["environment"] = measuring.environment()
     kept = json.loads(options.output.read_text()) if options.output.exists() else []
