@@ -1,7 +1,7 @@
 """Measures what train.py costs, and how the cost grows: linear is the claim.
 
     python baseline/tests/cost.py [prepare] [decode] [start] [step] [compile] [ceiling]   15 minutes
-    python baseline/tests/cost.py ceiling --device cuda --output ceiling.json    BERT-Base's, in bf16
+    python baseline/tests/cost.py ceiling --device cuda --output ceiling.json    BERT-Base, bf16
 
 Each measurement is a process of its own, so that memory is its own too. The tables go to
 baseline/results/growth.json; those that are not measured again stay there as they are.

@@ -2,11 +2,11 @@
 
     python baseline/tests/paired.py --same-batches           five seeds, the small BERT: hours
     python baseline/tests/paired.py --same-batches --sample  the sample instead: minutes
-    python baseline/tests/paired.py --against dynamic --at-once 2 --epochs 1   (train.py has the last)
+    python baseline/tests/paired.py --against dynamic --at-once 2 --epochs 1    (train.py's)
 
---same-batches asks what packing alone changes: the other run draws packed's batches too, dropout is
-off, and a pair differs in how a batch is laid out and in nothing else. Without it each draws its own
-batches and masks, so that a pair differs as two seeds do, and a narrow interval takes many pairs.
+--same-batches asks what packing alone changes: the other run draws packed's batches too, dropout
+is off, and a pair differs in how a batch is laid out and in nothing else. Without it each draws its
+own batches and masks, so that a pair differs as two seeds do, and a narrow interval takes many pairs.
 --halves trains on every second article of train.json and scores the others and dev.json: 668
 questions instead of 195, but of a model that has learnt less, whose seeds differ more.
 "dynamic" has the batches of "padded", each padded to its own longest: the same mathematics, sooner
@@ -96,7 +96,7 @@ def losses(folder):
 
 
 def halves(work, train, dev):
-    """Writes every second article of train to work, and the others with dev's; returns both paths."""
+    """Writes every second article of train to work, the others with dev's; returns the paths."""
     articles = json.loads(train.read_text())["data"]
     titles = list(dict.fromkeys(article["title"] for article in articles))
     kept = [article for article in articles if titles.index(article["title"]) % 2 == 0]
