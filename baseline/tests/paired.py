@@ -6,7 +6,7 @@
 
 --same-batches asks what packing alone changes: the other run draws packed's batches too, dropout
 is off, and a pair differs in how a batch is laid out and in nothing else. Without it each draws its
-own batches and masks, so that a pair differs as two seeds do, and a narrow interval takes many pairs.
+own batches and masks: a pair then differs as two seeds do, and a narrow interval takes many.
 --halves trains on every second article of train.json and scores the others and dev.json: 668
 questions instead of 195, but of a model that has learnt less, whose seeds differ more.
 "dynamic" has the batches of "padded", each padded to its own longest: the same mathematics, sooner
