@@ -28,7 +28,7 @@ from tqdm import tqdm
 STARTED, HERE = time.perf_counter(), Path(__file__).resolve().parent
 SAMPLE, REPORT = HERE.parent / "baseline/sample.json", HERE.parent / "baseline/report.py"
 CACHE = Path(os.environ.get("SQUAD_CACHE") or HERE.parent / ".cache")
-HUB_DATA = "rajpurkar/squad"
+HUB = "rajpurkar/squad"
 MODEL_TYPES = ("bert", "electra", "distilbert")  # WordPiece, [CLS] question [SEP] context [SEP]
 SAVE_SECONDS, CPU_HOURS = 300, 2  # more hours than this on a CPU are taken for a mistake
 EVALUATION_TOKENS, N_BEST, MAX_ANSWER_TOKENS = 8192, 20, 30  # a batch; the usual decoding's
@@ -57,7 +57,7 @@ ON_OFF = argparse.BooleanOptionalAction
 OPTIONS = [
     "model and data",
     ("--model", str, "google-bert/bert-base-uncased", None, "hub name or folder"),
-    ("--train-file", str, None, None, f"SQuAD v1.1 JSON (default: the hub's {HUB_DATA})"),
+    ("--train-file", str, None, None, f"SQuAD v1.1 JSON (default: the hub's {HUB})"),
     ("--validation-file", str, None, None, "likewise"),
     ("--sample", "store_true", False, None, "small data and model: a minute on a laptop"),
     ("--limit", int, None, 1, "the first N questions of each file (default: all)"),
@@ -109,13 +109,8 @@ def parse_arguments(argv=None):
     near = difflib.get_close_matches("".join(unknown[:1]).split("=")[0], known, 1)
     mend = f"did you mean {near[0]}?" if near else "--help lists the options"
     require(not unknown, f"unknown option {''.join(unknown[:1])}: {mend}")
-    for name, usual, sample in (
-        ("epochs", 3, 20),
-        ("batch_size", 32, 16),
-        ("learning_rate", 5e-5, 1e-3),
-    ):
-        if getattr(args, name) is None:
-            setattr(args, name, sample if args.sample else usual)
+    usual = {"epochs": (3, 20), "batch_size": (32, 16), "learning_rate": (5e-5, 1e-3)}
+    vars(args).update({n: d[args.sample] for n, d in usual.items() if getattr(args, n) is None})
     for option, kind, _, least, _ in known.values():
         value, most = getattr(args, option[2:].replace("-", "_")), 2**31 if kind is int else 0.999
         fits = least is None or value is None or least <= value <= most  # NaN does not
@@ -255,10 +250,10 @@ def read_hub(split, limit):
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        rows = datasets.load_dataset(HUB_DATA, split=split)[:limit]
+        rows = datasets.load_dataset(HUB, split=split)[:limit]
     except Exception as error:  # its errors have no common class
         mend = "run bash baseline/prepare.sh where there is internet, or give --train-file"
-        raise Problem(f"{HUB_DATA} is not in the cache ({type(error).__name__}): {mend}")
+        raise Problem(f"{HUB} is not in the cache ({type(error).__name__}): {mend}")
     contexts = list(dict.fromkeys(rows["context"]))
     numbers = {context: number for number, context in enumerate(contexts)}
     answers = [list(zip(a["answer_start"], a["text"])) for a in rows["answers"]]
@@ -267,7 +262,7 @@ def read_hub(split, limit):
 
 
 def encode(encode_batch, texts, what):
-    """Yields each text's tokenizers.Encoding, by one of the tokenizer's two ways to encode many."""
+    """Yields each text's tokenizers.Encoding, by encode_batch, or the _fast one without offsets."""
     for begin in progress(range(0, len(texts), 1024), f"tokenising {what}"):
         yield from encode_batch(texts[begin : begin + 1024], add_special_tokens=False)
 
@@ -285,7 +280,6 @@ def build_features(data, tokenizer, max_length, stride, path):
         contexts.append((np.array(each.ids, np.int32), offsets))
     cls, sep = (np.array([i], np.int32) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     pieces, windows = [], []
-    # Nobody asks for a question's offsets: the fast way leaves them out.
     for i, each in enumerate(encode(backend.encode_batch_fast, data["questions"], "questions")):
         question, (ids, offsets) = np.array(each.ids, np.int32), contexts[data["paragraph"][i]]
         room = max_length - len(question) - 3
@@ -321,7 +315,7 @@ def prepare_features(path, split, tokenizer, args):
     """Returns the features of a file, or of the hub's split: from the cache, or built and kept."""
     tokenizer.backend_tokenizer.no_truncation()  # what tokenizer.json may have left on
     tokenizer.backend_tokenizer.no_padding()
-    source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB_DATA + split
+    source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB + split
     what = [1, source, tokenizer.backend_tokenizer.to_str(), args.limit, args.max_length]
     key = hashlib.sha256(json.dumps([*what, args.stride]).encode()).hexdigest()[:16]
     file, features = CACHE / f"features-{key}.safetensors", None
@@ -339,8 +333,7 @@ def prepare_features(path, split, tokenizer, args):
         if not cached:
             log(f"{file} is {'damaged' if file.exists() else 'not there yet'}: building it, once")
             data = read_squad(path, args.limit) if path else read_hub(split, args.limit)
-            where = path or HUB_DATA
-            features = build_features(data, tokenizer, args.max_length, args.stride, where)
+            features = build_features(data, tokenizer, args.max_length, args.stride, path or HUB)
             sums = {name: zlib.crc32(features[name].data) for name in features}
             content = safetensors.numpy.save(features, {"sums": json.dumps(sums)})
             try:
@@ -370,9 +363,7 @@ def plan_epoch(lengths, args, epoch):
         else:
             batches = random.permutation(order.reshape(full, size))
         order = np.concatenate([batches.ravel(), last])
-    plan = np.full((full + bool(rest), size), -1)
-    plan.ravel()[: len(order)] = order
-    return plan
+    return np.pad(order, (0, -len(order) % size), constant_values=-1).reshape(-1, size)
 
 
 def share_out(plan, lengths, parts):
@@ -391,9 +382,8 @@ def plan_training(lengths, args):
     last, width): as every packed batch has one feature of each length class, one shape serves all.
     """
     parts = args.accumulate * WORLD  # DDP: one plan for all ranks
-    epochs = [plan_epoch(lengths, args, epoch) for epoch in range(args.epochs)]
-    shares = np.concatenate([share_out(epoch, lengths, parts) for epoch in epochs])
-    shares = shares[: args.max_steps]  # [steps, parts, rows]
+    epochs = [share_out(plan_epoch(lengths, args, e), lengths, parts) for e in range(args.epochs)]
+    shares = np.concatenate(epochs)[: args.max_steps]  # [steps, parts, rows]
     sizes, rows = np.where(shares < 0, 0, lengths[shares]), shares.shape[2]
     shapes, longest = {"rows": rows}, np.full(shares.shape[:2], args.max_length)
     if args.batching in ("dynamic", "bucketed"):
@@ -407,7 +397,9 @@ def plan_training(lengths, args):
         edges = np.linspace(0, rows, max(rows // each, 1) + 1).astype(int).tolist()
         widths = [int(held[:, :, a:b].max()) // 8 * 8 + 8 for a, b in zip(edges, edges[1:])]
         shapes["strata"], longest[:] = list(zip(edges, edges[1:], widths)), widths[-1]
-        shapes["tokens"] = int(held.sum(axis=2).max()) // 8 * 8 + 8
+        shapes["tokens"] = (
+            int(held.sum(axis=2).max()) // 8 * 8 + 8
+        )  # one is spare, as in each width
         computed[:] = shapes["tokens"] * parts
     shares, longest = shares[:, RANK::WORLD], longest[:, RANK::WORLD]  # DDP: its own parts
     plan = {"shares": shares, "shapes": shapes, "longest": longest, "computed": computed}
@@ -419,8 +411,7 @@ def make_batch(features, chosen, shapes, longest):
     """Cuts a micro-batch out of the tokens on the device, with no word to the host.
     chosen [rows]: feature numbers or -1. Returns the model's inputs [rows, longest] or [1, tokens];
     if packed, the places of a sequence's tokens; what is real [rows, longest]; labels; weights."""
-    table = features["table"]
-    device, rows = chosen.device, shapes["rows"]
+    table, device, rows = features["table"], chosen.device, shapes["rows"]
     weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
     lengths = torch.where(weights > 0, table["lengths"][chosen], 1)  # of none: the loss were NaN
     columns = torch.arange(longest, device=device)
@@ -428,21 +419,23 @@ def make_batch(features, chosen, shapes, longest):
     if "tokens" not in shapes:
         row = torch.arange(rows, device=device)[:, None]
         position, inside = columns.expand(rows, longest), real
-        places, inputs = None, {"attention_mask": real[:, None, None]}  # 2-D: the host reads it
+        places, inputs = None, {"attention_mask": real[:, None, None]}  # a 2-D one would wait
     else:
         ends = lengths.cumsum(0)
         token = torch.arange(shapes["tokens"], device=device)[None]  # [1, tokens]
         row = torch.searchsorted(ends, token, right=True)
         inside, row = row < rows, row.clamp(max=rows - 1)
         position = torch.where(inside, token - (ends - lengths)[row], 0)
-        # Past a sequence's end a neighbour's token is read, and masked: any would do.
-        places = ((ends - lengths)[:, None] + columns).clamp(max=shapes["tokens"] - 1)
-        slots, strata, begin = torch.zeros_like(token), [], 0
+        # What no token has reads the spare place or the spare slot, the last: no gradient flows.
+        places = torch.where(real, (ends - lengths)[:, None] + columns, shapes["tokens"] - 1)
+        slots, strata, index, begin = torch.zeros_like(token), (), [], 0
         for low, high, width in shapes["strata"]:
-            strata.append((places[low:high, :width], real[low:high, None, None, :width]))
+            index.append(places[low:high, :width].flatten())
+            strata += (real[low:high, None, None, :width],)
             slots = torch.where(row >= low, begin + (row - low) * width + position, slots)
             begin += (high - low) * width
-        inputs = {"position_ids": position, "strata": tuple(strata), "slots": slots[0]}
+        inputs = {"position_ids": position, "strata": strata, "index": torch.cat(index)}
+        inputs["slots"] = torch.where(inside, slots, begin - 1)[0]
     source = (table["begin"][chosen][row] + position).clamp(max=len(table["tokens"]) - 1)
     inputs["input_ids"] = torch.where(inside, table["tokens"][source], features["pad"])
     inputs["token_type_ids"] = (inside & (position >= table["first"][chosen][row])).long()
@@ -451,21 +444,32 @@ def make_batch(features, chosen, shapes, longest):
 
 
 # 5. Model
-def packed_attention(module, query, key, value, mask, strata, slots, dropout=0.0, **_):
+class Gather(torch.autograd.Function):
+    """index_select of rows; backward reads by the inverse, where its own adds: slow in bf16."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
+
+
+def packed_attention(module, query, key, value, mask, strata, index, slots, dropout=0.0, **_):
     """Attention among sequences packed in one row, none of which sees another; on any device.
-    query, key, value: [1, heads, tokens, size]; mask: None. strata: of each the places in the row
-    of its sequences' tokens [sequences, width] and which are real [sequences, 1, 1, width]; slots
-    [tokens]: each token's place among the strata's outputs. Returns [1, tokens, heads, size], None.
-    """
+    query, key, value: [1, heads, tokens, size]; mask: None. A stratum is sequences of like length,
+    padded to its width; strata: of each, which slots are real [sequences, 1, 1, width]. index: the
+    place in the row that each slot reads; slots: its inverse. Returns [1, tokens, heads, size]."""
     heads, size = query.shape[1], query.shape[3]
     flat = torch.cat((query, key, value), dim=1)[0].transpose(0, 1)  # [tokens, 3 heads, size]
-    index, outputs = torch.cat([places.flatten() for places, _ in strata]), []
-    parts = flat.index_select(0, index).split([places.numel() for places, _ in strata])
-    for part, (places, real) in zip(parts, strata):
-        q, k, v = part.view(*places.shape, 3, heads, size).permute(2, 0, 3, 1, 4)
+    parts, outputs = Gather.apply(flat, index, slots).split([m.numel() for m in strata]), []
+    for part, real in zip(parts, strata):
+        q, k, v = part.view(len(real), -1, 3, heads, size).permute(2, 0, 3, 1, 4)
         output = F.scaled_dot_product_attention(q, k, v, real, dropout)  # scales as BERT does
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # [sequences x width, heads, size]
-    return torch.cat(outputs).index_select(0, slots)[None], None
+    return Gather.apply(torch.cat(outputs), slots, index)[None], None
 
 
 transformers.AttentionInterface.register("packed", packed_attention)
@@ -496,10 +500,9 @@ class SpanModel(torch.nn.Module):
 def sample_tokenizer():
     """Returns a WordPiece tokenizer of the sample's characters and its most frequent words."""
     data, tokenizer = read_squad(SAMPLE, None), transformers.BertTokenizerFast(vocab={"[UNK]": 0})
-    backend, words = tokenizer.backend_tokenizer, collections.Counter()
-    for text in data["contexts"] + data["questions"]:
-        text = backend.normalizer.normalize_str(text)
-        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    backend = tokenizer.backend_tokenizer
+    text = backend.normalizer.normalize_str(" ".join(data["contexts"] + data["questions"]))
+    words = collections.Counter(w for w, _ in backend.pre_tokenizer.pre_tokenize_str(text))
     characters = sorted(set("".join(words)))
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
     vocabulary += [f"##{c}" for c in characters] + [word for word, _ in words.most_common(2000)]
@@ -543,12 +546,11 @@ def load_model(args, config):
     how = {"attn_implementation": "packed" if args.batching == "packed" else "sdpa"}
     how |= {"dtype": torch.float32}
     torch.manual_seed(args.seed)
-    family = transformers.AutoModelForQuestionAnswering
+    family = transformers.AutoModelForQuestionAnswering  # from safetensors, never a pickle
     try:
         if args.sample:
             return family.from_config(config, **how)
-        how |= {"config": config, "use_safetensors": True}  # never a pickle
-        return family.from_pretrained(args.model, **how)
+        return family.from_pretrained(args.model, config=config, use_safetensors=True, **how)
     except Exception as error:  # SafetensorError, OSError, RuntimeError
         mend = "give a folder with a whole model.safetensors"
         raise Problem(f"--model {args.model}: {str(error).split('. ')[0][:150]}: {mend}")
@@ -557,7 +559,7 @@ def load_model(args, config):
 def compile_layers(model):
     """Compiles layer by layer: they are alike, so that one layer's time is enough for all."""
     cuda, header = model.device.type == "cuda", Path(sysconfig.get_path("include"), "Python.h")
-    compiler = os.environ.get("CC", "cc") if cuda else os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CC", "gcc") if cuda else os.environ.get("CXX", "g++")
     if not shutil.which(compiler) or not header.exists():
         return log(f"not compiling: this node has no {compiler} or no {header}; going on without")
     torch._dynamo.config.recompile_limit = 32  # bucketed batches come in several shapes
@@ -625,10 +627,9 @@ class Clock:
         self.cuda, self.marks = device.type == "cuda", []
 
     def now(self):
-        event = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
-        if self.cuda:
-            event.record()
-        return event
+        if not self.cuda:
+            return time.perf_counter()
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
     @contextlib.contextmanager
     def __call__(self, name):
@@ -717,13 +718,15 @@ def resume(output, model, optimizer, names, state, settings):
 def best_spans(logits, windows, features):
     """Returns each window's best answer [windows, 4]: score, first, last character, how many.
     logits [windows, longest, 2]. As the usual decoding: all pairs of the 20 best starts and ends in
-    the context and of at most 30 tokens; ties go to the first in np.argsort's order."""
-    top, each = np.zeros((len(windows), N_BEST, 2), np.int32), np.arange(len(windows))  # [CLS]
-    lengths = features["lengths"][windows]
-    for length in np.unique(lengths):  # apart, as ties depend on the length
-        here = np.flatnonzero(lengths == length)
-        top[here, :length] = np.argsort(logits[here, :length], axis=1)[:, : -N_BEST - 1 : -1]
-    values = np.take_along_axis(logits, top, axis=1)  # [windows, 20, 2]
+    the context and of at most 30 tokens; ties go as in np.argsort, read backwards."""
+    keys = np.maximum(logits, -1e30).transpose(0, 2, 1).astype(np.float64, "C")
+    keys.view(np.int64)[:] |= np.arange(keys.shape[2])  # a place fits in what float32 leaves free
+    top = (np.sort(keys)[:, :, : -N_BEST - 2 : -1].view(np.int64) & 0xFFFFFFF).transpose(0, 2, 1)
+    values = np.take_along_axis(logits, top, axis=1)  # [windows, 21, 2]
+    tied = (values[:, 1:] == values[:, :-1]).any(axis=(1, 2))  # then np.argsort's order counts
+    for i, own in zip(np.flatnonzero(tied), features["lengths"][windows[tied]]):
+        top[i, :own] = np.argsort(logits[i, :own], axis=0)[: -N_BEST - 2 : -1]
+    top, values, each = top[:, :N_BEST], values[:, :N_BEST], np.arange(len(windows))
     first = features["first"][windows]
     after = first + features["context_tokens"][windows]
     # A place outside the context goes so far away that no pair with it fits.
@@ -731,8 +734,8 @@ def best_spans(logits, windows, features):
     end = np.where(top[:, :, 1] < after[:, None], top[:, :, 1], -1)
     beyond = end[:, None] - start[:, :, None]  # [windows, 20 starts, 20 ends]
     fits = (beyond >= 0) & (beyond < MAX_ANSWER_TOKENS)
-    sums = values[:, :, None, 0] + values[:, None, :, 1] - ~fits * np.float32(1e30)
-    row, column = np.divmod(sums.reshape(len(windows), -1).argmax(axis=1), N_BEST)
+    sums = np.where(fits, values[:, :, None, 0] + values[:, None, :, 1], np.float32(-1e30))
+    row, column = np.divmod(sums.reshape(len(windows), -1).argmax(axis=1), top.shape[1])
     paragraph = features["paragraph"][features["question"][windows]]
     token = features["offsets_begin"][paragraph] + features["context_begin"][windows] - first
     start = token + top[each, row, 0].clip(first, after - 1)  # in the context, if nothing fits too
@@ -878,12 +881,12 @@ def run(args):
         signal.signal(number, lambda number, _: STOP.append(signal.Signals(number).name))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("highest" if args.precision == "fp32" else "high")
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     environment = subprocess.run([sys.executable, REPORT, "--environment"], capture_output=True)
     environment = json.loads(environment.stdout or "{}")
     what = "the sample" if args.sample else args.model
-    what = f"{what}, {args.precision} on {args.device_type}, {args.batching}"
-    log(f"{HERE.name}: {what}, to {output}")
+    what += f", {args.precision} on {args.device_type}, {args.batching}, to {output}"
+    log(f"{HERE.name}: {what}")
     join(device)  # DDP: from here on, a problem of one is told to all
     _lock = None if args.prepare or RANK else open_output(output)  # held to the end
     tokenizer, config = load_tokenizer(args)
@@ -982,8 +985,7 @@ def main():
     except Problem as problem:
         message, code = (*problem.args, 2)[:2]
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}: give another path, or mend this one"
-        code = 2
+        message, code = f"{error.filename}: {error.strerror}: mend it, or give another path", 2
     except torch.OutOfMemoryError as error:
         what, code = f"error: out of memory: raise --accumulate ({str(error)[:150]})", 1
         print(what, file=sys.stderr, flush=True)  # whichever rank it is

@@ -247,7 +247,9 @@ def random_logits(lengths, seed=0):
     logits = random.standard_normal((len(lengths), longest, 2), np.float32)
     peak = 10 + (random.random(len(lengths)) * lengths * 0.8).astype(int)
     away = np.abs(np.arange(longest) - peak[:, None])[..., None]
-    return (logits + 8 * np.exp(-away / 8)).astype(np.float32)
+    logits = (logits + 8 * np.exp(-away / 8)).astype(np.float32)
+    logits[np.arange(longest) >= lengths[:, None]] = -np.inf  # as span_logits
+    return logits
 
 
 def decode(path, cache, compare):

@@ -247,13 +247,13 @@ def test_attention_drops_as_the_models_config_says(train):
     lengths = [64, 64, 64, 64]
     args, features, shapes, longest = pack(train, lengths)
     batch = train.make_batch(features, torch.arange(4), shapes, longest)
-    strata, slots = batch["inputs"]["strata"], batch["inputs"]["slots"]
+    how = {name: batch["inputs"][name] for name in ("strata", "index", "slots")}
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 2, shapes["tokens"], 16)
     ones = torch.ones(1, 2, shapes["tokens"], 16)
-    whole, _ = train.packed_attention(None, query, key, ones, None, strata, slots)
+    whole, _ = train.packed_attention(None, query, key, ones, None, **how)
     torch.testing.assert_close(whole, torch.ones_like(whole))
-    dropped, _ = train.packed_attention(None, query, key, ones, None, strata, slots, 0.5)
+    dropped, _ = train.packed_attention(None, query, key, ones, None, **how, dropout=0.5)
     assert dropped.std() > 0.05 and dropped.mean() == pytest.approx(1, abs=0.1)
     model = make_model(args, dropout=0.5)
     for mode, same in ((model.train, False), (model.eval, True)):

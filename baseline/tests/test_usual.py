@@ -365,7 +365,7 @@ KINDS = ["plain", "ties", "all equal", "question", "backwards", "one pair", "bf1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("max_length, stride", [(384, 128), (40, 10), (8, 2)])
+@pytest.mark.parametrize("max_length, stride", [(384, 128), (40, 10), (20, 4), (8, 2)])
 def test_random_logits_give_the_usual_answers(train, made, kind, max_length, stride):
     data = awkward_data()
     if max_length == 8:
