@@ -33,7 +33,8 @@ def interface():
 def measure():
     cuda = torch.cuda.is_available() and "cpu" not in sys.argv  # as --device cpu
     device = torch.device("cuda", LOCAL) if cuda else torch.device("cpu")
-    told = Path(tempfile.gettempdir(), f"nccl-{os.getpid()}")
+    beside = Path(os.environ.get("EXIT_CODE_FILE") or tempfile.gettempdir() + "/any")  # the job's
+    told = beside.with_name(f"nccl-{RANK}-{os.getpid()}")  # kept: NCCL warns there to its end
     if cuda:  # NCCL tells how it connects only in its log
         torch.cuda.set_device(device)
         own = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET,P2P"}
@@ -42,6 +43,7 @@ def measure():
         "all_reduce", next(dist.rendezvous("env://"))[0]
     )  # train.py's is whole
     how = {"store": store, "rank": RANK, "world_size": WORLD, "timeout": timedelta(seconds=150)}
+    how |= {"device_id": device} if cuda else {}
     dist.init_process_group("nccl" if cuda else "gloo", **how)
     for megabytes in (1, 8, 64):  # larger ones only where they are quick
         values, seconds = torch.zeros(megabytes * 2**18, device=device), []
@@ -61,7 +63,6 @@ def measure():
     every = [None] * WORLD
     dist.all_gather_object(every, sorted(links))
     dist.destroy_process_group()
-    told.unlink(missing_ok=True)
     speed = megabytes * 2**20 * 2 * (WORLD - 1) / WORLD / slowest.item() / 1e9
     link = ", ".join(sorted({one for links in every for one in links})) or "not told"
     return {"gigabytes_per_second": round(speed, 3), "megabytes": megabytes, "link": link}

@@ -1,5 +1,5 @@
 #!/bin/bash
-# What run_2x2.sbatch starts on each node: says where it is, checks what it was given, and becomes torchrun.
+# What run_2x2.sbatch starts on each node: says where it is, checks what it was given, and starts torchrun.
 set -euo pipefail
 node=${SLURM_NODEID:-$NODE}  # a node's number in the job; its host name says nothing, it may be another than SLURM's
 address=$(getent ahosts "$MASTER_ADDR" | awk '{ print $1; exit }') || true
@@ -23,15 +23,21 @@ if [ "$GPU_COUNT" -gt 0 ]; then  # as the first node has GPUs, this one must
     fi
 fi
 
-( # a word where the ranks do not start, since the wait is silent
-    for _ in {1..100}; do sleep 0.2; kill -0 $$ 2>/dev/null || exit 0; done
-    pgrep -P $$ 'python|numactl' >/dev/null ||
-        echo "node $node: waits since 20 s for the other nodes at $MASTER_ADDR ($address), port $MASTER_PORT; gives up after 120 s"
-) &
-# The signals are for the ranks, which have handlers of their own. torchrun would die of USR1 and end the ranks at a TERM.
+# The signals are for the ranks, which have handlers of their own. torchrun would die of USR1 and end the ranks at a TERM, so it
+# starts deaf to them. SLURM may signal a step's first process only (proctrack/cgroup does), so that is this one, which tells the ranks.
 trap '' USR1 TERM INT
 export PET_SIGNALS_TO_HANDLE=SIGHUP PET_SHUTDOWN_TIMEOUT=5  # seconds for the others of a node when one rank has died (torch 2.11: 30)
 export PYTHONWARNINGS=${PYTHONWARNINGS-ignore::FutureWarning}  # DDP renames an option that older torch needs
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}     # or every connection warns where addresses have no names
-exec python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --node-rank="$node" \
-    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-conf=timeout=120 "${options[@]}" "$@"
+python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --node-rank="$node" \
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-conf=timeout=120 "${options[@]}" "$@" &
+agent=$!
+( # a word where the ranks do not start, since the wait is silent
+    for _ in {1..100}; do sleep 0.2; kill -0 "$agent" 2>/dev/null || exit 0; done
+    pgrep -P "$agent" >/dev/null ||
+        echo "node $node: waits since 20 s for the other nodes at $MASTER_ADDR ($address), port $MASTER_PORT; gives up after 120 s"
+) &
+trap 'pkill -USR1 -P "$agent" || [ -n "${SLURM_JOB_ID:-}" ] || kill -KILL "$agent"' USR1 TERM INT  # no rank yet: nothing to save
+while kill -0 "$agent" 2>/dev/null; do wait "$agent" || true; done  # a signal ends a wait: wait again
+code=0; wait "$agent" || code=$?
+exit "$code"

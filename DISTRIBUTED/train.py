@@ -153,16 +153,16 @@ def join(device):
 
 def tell(problem, facts=None):
     """DDP: All ranks learn of one's problem, or that one has other facts, and end together."""
-    told, first, tell.done = [(problem, facts)] * WORLD, not hasattr(tell, "done"), True
-    if first and dist.is_initialized():
+    told, late, tell.done = [(problem, facts)] * WORLD, hasattr(tell, "done"), True
+    if dist.is_initialized() and not late:
         dist.all_gather_object(told, (problem, facts))
     other = "has other data, options, torch or train.py than rank 0: mend its node"
     told = [p or f"rank {r} {other}" for r, (p, f) in enumerate(told) if p or f != told[0][1]]
     if told:
         file = os.environ.get("EXIT_CODE_FILE")  # torchrun would lose an exit code
         Path(file or os.devnull).write_text("2")
-        log("error:", told[0][:600], file=sys.stderr)
-        os._exit(0 if file else 2)
+        (print if late else log)("error:", told[0][:600], file=sys.stderr)
+        os._exit(2 * (not file or (late and dist.is_initialized())))  # 2: torchrun ends the others
 
 
 def agree(device, values):
@@ -262,7 +262,7 @@ def read_hub(split, limit):
 
 
 def encode(encode_batch, texts, what):
-    """Yields each text's tokenizers.Encoding, by encode_batch, or the _fast one without offsets."""
+    """Yields each text's tokenizers.Encoding, by encode_batch or the _fast one, without offsets."""
     for begin in progress(range(0, len(texts), 1024), f"tokenising {what}"):
         yield from encode_batch(texts[begin : begin + 1024], add_special_tokens=False)
 
@@ -421,21 +421,21 @@ def make_batch(features, chosen, shapes, longest):
         position, inside = columns.expand(rows, longest), real
         places, inputs = None, {"attention_mask": real[:, None, None]}  # a 2-D one would wait
     else:
-        ends = lengths.cumsum(0)
+        ends, spare = lengths.cumsum(0), shapes["tokens"] - 1  # the last place has no token
         token = torch.arange(shapes["tokens"], device=device)[None]  # [1, tokens]
         row = torch.searchsorted(ends, token, right=True)
         inside, row = row < rows, row.clamp(max=rows - 1)
         position = torch.where(inside, token - (ends - lengths)[row], 0)
-        # What no token has reads the spare place or the spare slot, the last: no gradient flows.
-        places = torch.where(real, (ends - lengths)[:, None] + columns, shapes["tokens"] - 1)
+        # Past a sequence's end a neighbour is read, in attention the spare place; both are masked.
+        places = ((ends - lengths)[:, None] + columns).clamp(max=spare)
         slots, strata, index, begin = torch.zeros_like(token), (), [], 0
         for low, high, width in shapes["strata"]:
-            index.append(places[low:high, :width].flatten())
+            index.append(torch.where(real, places, spare)[low:high, :width].flatten())
             strata += (real[low:high, None, None, :width],)
             slots = torch.where(row >= low, begin + (row - low) * width + position, slots)
             begin += (high - low) * width
         inputs = {"position_ids": position, "strata": strata, "index": torch.cat(index)}
-        inputs["slots"] = torch.where(inside, slots, begin - 1)[0]
+        inputs["slots"] = torch.where(inside, slots, begin - 1)[0]  # no token: the last, spare too
     source = (table["begin"][chosen][row] + position).clamp(max=len(table["tokens"]) - 1)
     inputs["input_ids"] = torch.where(inside, table["tokens"][source], features["pad"])
     inputs["token_type_ids"] = (inside & (position >= table["first"][chosen][row])).long()

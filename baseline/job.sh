@@ -35,7 +35,7 @@ job_wait() {
         wait "$pid" || one=$?
         [ "$code" != 0 ] || code=$one
     done
-    if [ "$code" = 0 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
+    if [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
     if [ -e "$REQUEUE_MARKER" ] && [ "$stopped" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
         rm -rf "$job_folder"
         trap '' USR1 TERM  # requeueing ends this script

@@ -886,7 +886,7 @@ def gpus():
     if visible is not None:  # by index, or by the UUID's beginning
         asked = [one for one in visible.split(",") if one]
         rows = [r for one in asked for r in rows if one == r[0] or r[1].startswith(one)]
-    count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    count = int(os.environ.get("GPUS_USED") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     found = [dict(zip(fields, row[2:])) for row in rows[:count]]
     for gpu in found:
         bits = re.fullmatch("0x([0-9a-fA-F]+)", gpu.pop(fields[-1], ""))
@@ -969,7 +969,8 @@ def derive(record):
     results |= {"all_reduce": record["all_reduce"]} if record.get("all_reduce") else {}
     results |= {"tokens_per_second": a_second(tokens), "flops_per_second": flops}
     results |= {"features_per_second": a_second(total("features")), "epoch_seconds": each}
-    usage = flops / record["world_size"] / peak / 1e12 if peak else None
+    cards = max(record["world_size"], len(found["devices"]))  # dp: one rank, several GPUs
+    usage = flops / cards / peak / 1e12 if peak else None
     results["model_flops_utilization"] = usage
     results["steady_epoch_seconds"] = record["train_tokens"] * seconds / tokens if tokens else None
     results["train_seconds"] = total("wall_seconds", intervals)

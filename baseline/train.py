@@ -208,7 +208,7 @@ def read_hub(split, limit):
 
 
 def encode(encode_batch, texts, what):
-    """Yields each text's tokenizers.Encoding, by encode_batch, or the _fast one without offsets."""
+    """Yields each text's tokenizers.Encoding, by encode_batch or the _fast one, without offsets."""
     for begin in progress(range(0, len(texts), 1024), f"tokenising {what}"):
         yield from encode_batch(texts[begin : begin + 1024], add_special_tokens=False)
 
@@ -366,21 +366,21 @@ def make_batch(features, chosen, shapes, longest):
         position, inside = columns.expand(rows, longest), real
         places, inputs = None, {"attention_mask": real[:, None, None]}  # a 2-D one would wait
     else:
-        ends = lengths.cumsum(0)
+        ends, spare = lengths.cumsum(0), shapes["tokens"] - 1  # the last place has no token
         token = torch.arange(shapes["tokens"], device=device)[None]  # [1, tokens]
         row = torch.searchsorted(ends, token, right=True)
         inside, row = row < rows, row.clamp(max=rows - 1)
         position = torch.where(inside, token - (ends - lengths)[row], 0)
-        # What no token has reads the spare place or the spare slot, the last: no gradient flows.
-        places = torch.where(real, (ends - lengths)[:, None] + columns, shapes["tokens"] - 1)
+        # Past a sequence's end a neighbour is read, in attention the spare place; both are masked.
+        places = ((ends - lengths)[:, None] + columns).clamp(max=spare)
         slots, strata, index, begin = torch.zeros_like(token), (), [], 0
         for low, high, width in shapes["strata"]:
-            index.append(places[low:high, :width].flatten())
+            index.append(torch.where(real, places, spare)[low:high, :width].flatten())
             strata += (real[low:high, None, None, :width],)
             slots = torch.where(row >= low, begin + (row - low) * width + position, slots)
             begin += (high - low) * width
         inputs = {"position_ids": position, "strata": strata, "index": torch.cat(index)}
-        inputs["slots"] = torch.where(inside, slots, begin - 1)[0]
+        inputs["slots"] = torch.where(inside, slots, begin - 1)[0]  # no token: the last, spare too
     source = (table["begin"][chosen][row] + position).clamp(max=len(table["tokens"]) - 1)
     inputs["input_ids"] = torch.where(inside, table["tokens"][source], features["pad"])
     inputs["token_type_ids"] = (inside & (position >= table["first"][chosen][row])).long()
