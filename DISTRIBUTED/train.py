@@ -161,7 +161,7 @@ def tell(problem, facts=None):
     if told:
         file = os.environ.get("EXIT_CODE_FILE")  # torchrun would lose an exit code
         Path(file or os.devnull).write_text("2")
-        (print if late else log)("error:", told[0][:600], file=sys.stderr)
+        log("error:", told[0][:600], file=sys.stderr)
         os._exit(2 * (not file or (late and dist.is_initialized())))  # 2: torchrun ends the others
 
 

@@ -158,7 +158,7 @@ class Project:
         executable(
             self.bin / "srun",
             '#!/bin/bash\necho "SRUN $*"\nwhile [[ $1 == -* ]]; do case $1 in -?) [ $1 != -N ] || nodes=$2; shift 2 ;; *) shift ;; esac; done\n'
-            "trap 'for p in ${pids[@]}; do pkill -USR1 -f -P $p train.py; done' USR1\n"
+            "trap 'kill -USR1 ${pids[@]}' USR1\n"  # the tasks alone, as SLURM does with cgroups
             'for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done\n'
             "for p in ${pids[@]}; do while kill -0 $p 2>/dev/null; do wait $p; done; wait $p || code=$?; done; exit ${code:-0}\n",
         )
