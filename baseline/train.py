@@ -343,9 +343,7 @@ def plan_training(lengths, args):
         edges = np.linspace(0, rows, max(rows // each, 1) + 1).astype(int).tolist()
         widths = [int(held[:, :, a:b].max()) // 8 * 8 + 8 for a, b in zip(edges, edges[1:])]
         shapes["strata"], longest[:] = list(zip(edges, edges[1:], widths)), widths[-1]
-        shapes["tokens"] = (
-            int(held.sum(axis=2).max()) // 8 * 8 + 8
-        )  # one is spare, as in each width
+        shapes["tokens"] = int(held.sum(axis=2).max()) // 8 * 8 + 8  # one to spare, as in widths
         computed[:] = shapes["tokens"] * parts
     plan = {"shares": shares, "shapes": shapes, "longest": longest, "computed": computed}
     plan |= {"tokens": sizes.sum(axis=(1, 2)), "squares": (sizes**2).sum(axis=(1, 2))}  # for MFU

@@ -682,11 +682,20 @@ def test_dp_is_one_process_of_run_2x2(tmp_path, strategy):
     assert (results["world_size"], results["nodes"]) == (1, 1)
 
 
-def test_a_killed_rank_ends_all(tmp_path):
-    process = run_2x2(tmp_path, *LONG, "--epochs", "300", "--output", "out", start=True)
+@contextlib.contextmanager
+def under_way(folder):
+    """A long run of run_2x2.sbatch that has begun to train; nothing of it is left afterwards."""
+    process = run_2x2(folder, *LONG, "--epochs", "300", "--output", "out", start=True)
     try:
-        lock = tmp_path / "out/.lock"
+        lock = folder / "out/.lock"
         wait_for(lambda: lock.exists() and lock.read_text(), 120, process)
+        yield process
+    finally:
+        end(process)
+
+
+def test_a_killed_rank_ends_all(tmp_path):
+    with under_way(tmp_path) as process:
         begin, found = time.monotonic(), rank_processes("out")
         assert sorted(found) == [0, 1, 2, 3]
         os.kill(found[3], signal.SIGKILL)
@@ -696,23 +705,16 @@ def test_a_killed_rank_ends_all(tmp_path):
         assert re.search(r"rank\W+3", log), log[-3000:]
         assert "SIGKILL" in log or "Signal 9" in log
         assert not rank_processes("out")
-    finally:
-        end(process)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_the_script_alone_saves(tmp_path, number):
     """As SLURM's cgroups signal a step: its first process and none of the ranks under it."""
-    process = run_2x2(tmp_path, *LONG, "--epochs", "300", "--output", "out", start=True)
-    try:
-        lock = tmp_path / "out/.lock"
-        wait_for(lambda: lock.exists() and lock.read_text(), 120, process)
+    with under_way(tmp_path) as process:
         os.kill(process.pid, number)
         log, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and log.count("stopped by SIGUSR1") == 1, log[-3000:]
         assert (tmp_path / "out/checkpoint.pt").exists() and not rank_processes("out")
-    finally:
-        end(process)
 
 
 COUNT_READS = """
@@ -741,8 +743,10 @@ def test_a_step_waits_for_nothing(ranks, strategy):
     assert run.log.count("reads {'cpu': 12, 'numpy': 12, 'tolist': 4}") == 2, run.log[-3000:]
 
 
-FAULTS = {"1: raise KeyError('lightning')": "KeyError: 'lightning'"}
-FAULTS["0: raise OSError(28, 'No space left', '/full')"] = "error: /full: No space left: "
+FAULTS = {
+    "1: raise KeyError('lightning')": "KeyError: 'lightning'",
+    "0: raise OSError(28, 'No space left', '/full')": "error: /full: No space left: ",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
