@@ -289,7 +289,7 @@ def prepare_features(path, split, tokenizer, args):
                 log(f"the features are not kept: {problem}")
     features["texts"] = json.loads(features["texts"].tobytes())
     features["lengths"] = np.diff(features["begin"])
-    return features | {"key": key, "cached": cached, "pad": tokenizer.pad_token_id}
+    return features | {"key": key, "cached": cached, "pad": tokenizer.pad_token_id or 0}
 
 
 # 4. Batches
@@ -305,7 +305,7 @@ def plan_epoch(lengths, args, epoch):
         picked = ((np.arange(rest) + random.random()) * len(lengths) / max(rest, 1)).astype(int)
         order, last = np.delete(order, picked), order[picked]
         if args.batching == "packed":
-            batches = random.permuted(order.reshape(size, full), axis=1).T  # a row was a class
+            batches = random.permuted(order.reshape(size, full), axis=1).T  # [classes, batches]
         else:
             batches = random.permutation(order.reshape(full, size))
         order = np.concatenate([batches.ravel(), last])
@@ -324,14 +324,14 @@ def share_out(plan, lengths, parts):
 
 def plan_training(lengths, args):
     """Returns the whole run's plan: who is in which micro-batch, its shapes, what a step counts.
-    A place that nobody has (-1) holds one token of no weight. Strata are (first row, row after the
-    last, width): as every packed batch has one feature of each length class, one shape serves all.
-    """
+    A row that nobody has (-1) holds one token of no weight. A stratum is (first row, row after the
+    last, width): rows alike in length, padded to that width in attention alone. One shape serves
+    the run, its largest; it fits well, as a packed batch has one feature of each length class."""
     parts = args.accumulate
     epochs = [share_out(plan_epoch(lengths, args, e), lengths, parts) for e in range(args.epochs)]
     shares = np.concatenate(epochs)[: args.max_steps]  # [steps, parts, rows]
     sizes, rows = np.where(shares < 0, 0, lengths[shares]), shares.shape[2]
-    shapes, longest = {"rows": rows}, np.full(shares.shape[:2], args.max_length)
+    shapes, longest = {}, np.full(shares.shape[:2], args.max_length)
     if args.batching in ("dynamic", "bucketed"):
         multiple = 64 if args.compile else 8  # few shapes, few compilations
         longest = np.clip(-(-sizes.max(axis=2) // multiple) * multiple, 1, args.max_length)
@@ -352,33 +352,32 @@ def plan_training(lengths, args):
 
 def make_batch(features, chosen, shapes, longest):
     """Cuts a micro-batch out of the tokens on the device, with no word to the host.
-    chosen [rows]: feature numbers or -1. Returns the model's inputs [rows, longest] or [1, tokens];
-    if packed, the places of a sequence's tokens; what is real [rows, longest]; labels; weights."""
-    table, device, rows = features["table"], chosen.device, shapes["rows"]
+    chosen [rows]: feature numbers or -1; shapes: {} or, if packed, the plan's tokens and strata.
+    Returns inputs, the model's [rows, longest] or [1, tokens] and packed_attention's; places: of a
+    row's tokens if packed [rows, longest]; real, likewise; labels [rows, 2]; weights [rows]."""
+    table, device, rows = features["table"], chosen.device, len(chosen)
     weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
-    lengths = torch.where(weights > 0, table["lengths"][chosen], 1)  # of none: the loss were NaN
+    lengths = torch.where(weights > 0, table["lengths"][chosen], 1)  # with none its loss is NaN
     columns = torch.arange(longest, device=device)
     real = columns < lengths[:, None]
-    if "tokens" not in shapes:
+    if not shapes:
         row = torch.arange(rows, device=device)[:, None]
         position, inside = columns.expand(rows, longest), real
-        places, inputs = None, {"attention_mask": real[:, None, None]}  # a 2-D one would wait
+        places, inputs = None, {"attention_mask": real[:, None, None]}  # 2-D: the host would read
     else:
         ends, spare = lengths.cumsum(0), shapes["tokens"] - 1  # the last place has no token
-        token = torch.arange(shapes["tokens"], device=device)[None]  # [1, tokens]
-        row = torch.searchsorted(ends, token, right=True)
+        starts, token = ends - lengths, torch.arange(shapes["tokens"], device=device)[None]
+        row = torch.searchsorted(ends, token, right=True)  # [1, tokens]: whose token it is
         inside, row = row < rows, row.clamp(max=rows - 1)
-        position = torch.where(inside, token - (ends - lengths)[row], 0)
-        # Past a sequence's end a neighbour is read, in attention the spare place; both are masked.
-        places = ((ends - lengths)[:, None] + columns).clamp(max=spare)
-        slots, strata, index, begin = torch.zeros_like(token), (), [], 0
-        for low, high, width in shapes["strata"]:
-            index.append(torch.where(real, places, spare)[low:high, :width].flatten())
-            strata += (real[low:high, None, None, :width],)
-            slots = torch.where(row >= low, begin + (row - low) * width + position, slots)
-            begin += (high - low) * width
-        inputs = {"position_ids": position, "strata": strata, "index": torch.cat(index)}
-        inputs["slots"] = torch.where(inside, slots, begin - 1)[0]  # no token: the last, spare too
+        position = torch.where(inside, token - starts[row], 0)
+        # Past a sequence's end its neighbour's logits are read, and masked; in attention the spare.
+        places = (starts[:, None] + columns).clamp(max=spare)
+        read = torch.where(real, places, spare)
+        strata = tuple(real[a:b, None, None, :width] for a, b, width in shapes["strata"])
+        index = torch.cat([read[a:b, :width].flatten() for a, b, width in shapes["strata"]])
+        slot = torch.arange(len(index), device=device)
+        slots = torch.full_like(token[0], len(index) - 1).scatter(0, index, slot)
+        inputs = {"position_ids": position, "strata": strata, "index": index, "slots": slots}
     source = (table["begin"][chosen][row] + position).clamp(max=len(table["tokens"]) - 1)
     inputs["input_ids"] = torch.where(inside, table["tokens"][source], features["pad"])
     inputs["token_type_ids"] = (inside & (position >= table["first"][chosen][row])).long()
@@ -388,7 +387,8 @@ def make_batch(features, chosen, shapes, longest):
 
 # 5. Model
 class Gather(torch.autograd.Function):
-    """index_select of rows; backward reads by the inverse, where its own adds: slow in bf16."""
+    """index_select of rows. Its own backward adds, slow in bf16; this one reads by the inverse.
+    Right where what index reads twice, or what inverse lacks, has no gradient: padding here."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -403,8 +403,8 @@ class Gather(torch.autograd.Function):
 def packed_attention(module, query, key, value, mask, strata, index, slots, dropout=0.0, **_):
     """Attention among sequences packed in one row, none of which sees another; on any device.
     query, key, value: [1, heads, tokens, size]; mask: None. A stratum is sequences of like length,
-    padded to its width; strata: of each, which slots are real [sequences, 1, 1, width]. index: the
-    place in the row that each slot reads; slots: its inverse. Returns [1, tokens, heads, size]."""
+    padded to its width; strata: of each, which slots are real [sequences, 1, 1, width]. index: each
+    slot's token; slots: each token's slot, or one of padding. Returns [1, tokens, heads, size]."""
     heads, size = query.shape[1], query.shape[3]
     flat = torch.cat((query, key, value), dim=1)[0].transpose(0, 1)  # [tokens, 3 heads, size]
     parts, outputs = Gather.apply(flat, index, slots).split([m.numel() for m in strata]), []
@@ -422,13 +422,14 @@ def span_logits(model, batch, args):
     """Returns start's and end's logits [rows, longest, 2] in fp32, -inf where no token is."""
     with torch.autocast(args.device_type, torch.bfloat16, enabled=args.precision == "bf16"):
         hidden = model.base_model(**batch["inputs"])[0]  # [rows or 1, longest or tokens, size]
-    logits, places = model.qa_outputs(hidden.float()), batch["places"]
+    hidden = getattr(model, "dropout", torch.nn.Identity())(hidden.float())  # DistilBERT's own
+    logits, places = model.qa_outputs(hidden), batch["places"]
     logits = logits if places is None else logits[0, places]  # [rows, longest, 2]
     return logits.masked_fill(~batch["real"][..., None], -torch.inf)
 
 
 class SpanModel(torch.nn.Module):
-    """The model and its loss in one forward: a micro-batch's sum over the step's features."""
+    """The model and its loss in one forward: a micro-batch's sum / the step's count of features."""
 
     def __init__(self, model, args):
         super().__init__()
@@ -661,13 +662,14 @@ def answer_texts(best, features):
 def evaluate_model(args, device, model, features):
     """Returns the predictions {question id: answer}, or None where the run was told to stop."""
     model.eval()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each batch's shape
     lengths, best = features["lengths"], np.full((len(features["lengths"]), 4), -np.inf)
     order = np.argsort(-lengths, kind="stable")  # neighbours in a batch are alike
     cuts = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // EVALUATION_TOKENS)) + 1
     for windows in progress(np.split(order, cuts), "evaluating"):
         if STOP:
             break
-        longest, shapes = int(lengths[windows[0]]), {"rows": len(windows)}
+        longest, shapes = int(lengths[windows[0]]), {}
         if args.batching == "packed":
             shapes["tokens"] = int(lengths[windows].sum()) // 8 * 8 + 8
             shapes["strata"] = [(0, len(windows), longest)]
@@ -812,7 +814,7 @@ def run(args):
         on_purpose = args.device != "auto" or args.device_type == "cuda" or hours < CPU_HOURS
         mend = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
         require(on_purpose, f"{what} take a CPU about {hours:.0f} hours: {mend}")
-        log(f"{what}, {args.accumulate} x {plan['shapes']['rows']} at most on a rank")
+        log(f"{what}, {args.accumulate} x {plan['shares'].shape[2]} at most on a rank")
         if args.compile:
             compile_layers(model)
         save = functools.partial(save_checkpoint, output, model, optimizer, names, state, settings)

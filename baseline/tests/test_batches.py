@@ -193,7 +193,7 @@ def pack(train, lengths, seed=0, extra=7):
     longest = max(lengths) + 1
     half = len(lengths) // 2
     strata = [(0, half, max(lengths[:half]) + 1), (half, len(lengths), max(lengths[half:]) + 1)]
-    shapes = {"rows": len(lengths), "tokens": int(sum(lengths)) + extra, "strata": strata}
+    shapes = {"tokens": int(sum(lengths)) + extra, "strata": strata}
     return args, features, shapes, longest
 
 
@@ -272,6 +272,20 @@ def test_attentions_own_dropout_reaches_it(train, kind):
         mode()
         one, two = (train.span_logits(model, batch, args) for _ in range(2))
         assert torch.equal(one, two) == same
+
+
+def test_the_dropout_before_distilberts_head_is_its_own(train):
+    args, features, *_ = pack(train, [64, 64])
+    args.batching, chosen = "padded", torch.arange(2)
+    inputs = (batch := train.make_batch(features, chosen, {}, 64))["inputs"]
+    model = make_model(args, "distilbert").train()
+    model.dropout.p = 0.5
+    torch.manual_seed(3)
+    ours = train.span_logits(model, batch, args)
+    torch.manual_seed(3)
+    theirs = model(inputs["input_ids"], inputs["attention_mask"])
+    assert torch.equal(ours, torch.stack((theirs.start_logits, theirs.end_logits), -1))
+    assert not torch.equal(ours, train.span_logits(model, batch, args))
 
 
 # The plan of an epoch

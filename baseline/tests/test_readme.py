@@ -222,7 +222,7 @@ def test_the_diff_for_another_model_applies(tmp_path):
             words = ["--model", str(tmp_path / kind), "--device", "cpu", "--dropout", "0"]
             args = before.parse_arguments([*words, "--batching", batching])
             model = before.load_model(args, transformers.AutoConfig.from_pretrained(args.model))
-            shapes = {"rows": 3}
+            shapes = {}
             if batching == "packed":
                 shapes |= {"tokens": 128, "strata": [(0, 2, 32), (2, 3, 40)]}
             batch = before.make_batch(features, chosen, shapes, 40)
@@ -231,7 +231,7 @@ def test_the_diff_for_another_model_applies(tmp_path):
         assert real.sum() == 2 * 80
         assert torch.allclose(logits["padded"][real], logits["packed"][real], atol=1e-5)
         model = changed["load_model"](args, transformers.AutoConfig.from_pretrained(args.model))
-        names = ("dropout", "attention_dropout", "hidden_dropout_prob")
+        names = ("dropout", "attention_dropout", "qa_dropout", "hidden_dropout_prob")
         assert not any(getattr(model.config, name, 0) for name in names)
 
 
