@@ -338,9 +338,9 @@ def plan_training(lengths, args):
     computed = rows * longest.sum(axis=1)
     if args.batching == "packed":
         held = np.maximum(sizes, 1)
-        # Rows a stratum: a GPU wants few and large kernels, a CPU as little padding as can be.
-        each = max(8, rows // 16) if args.device_type == "cuda" else 1
-        edges = np.linspace(0, rows, max(rows // each, 1) + 1).astype(int).tolist()
+        # A GPU wants few and large kernels, more of them where rows are long; a CPU one a row.
+        count, power = (min(rows // 8, 8), 0.5) if args.device_type == "cuda" else (rows, 1)
+        edges = (np.linspace(0, 1, max(count, 1) + 1) ** power * rows).round().astype(int).tolist()
         widths = [int(held[:, :, a:b].max()) // 8 * 8 + 8 for a, b in zip(edges, edges[1:])]
         shapes["strata"], longest[:] = list(zip(edges, edges[1:], widths)), widths[-1]
         shapes["tokens"] = int(held.sum(axis=2).max()) // 8 * 8 + 8  # one to spare, as in widths
@@ -421,10 +421,9 @@ transformers.AttentionInterface.register("packed", packed_attention)
 def span_logits(model, batch, args):
     """Returns start's and end's logits [rows, longest, 2] in fp32, -inf where no token is."""
     with torch.autocast(args.device_type, torch.bfloat16, enabled=args.precision == "bf16"):
-        hidden = model.base_model(**batch["inputs"])[0]  # [rows or 1, longest or tokens, size]
-    hidden = getattr(model, "dropout", torch.nn.Identity())(hidden.float())  # DistilBERT's own
-    logits, places = model.qa_outputs(hidden), batch["places"]
-    logits = logits if places is None else logits[0, places]  # [rows, longest, 2]
+        hidden = model.base_model(**batch["inputs"])[0].float()  # packed: [1, tokens, size]
+    logits = model.qa_outputs(getattr(model, "dropout", torch.nn.Identity())(hidden))  # DistilBERT
+    logits = logits if batch["places"] is None else logits[0, batch["places"]]
     return logits.masked_fill(~batch["real"][..., None], -torch.inf)
 
 
@@ -662,17 +661,15 @@ def answer_texts(best, features):
 def evaluate_model(args, device, model, features):
     """Returns the predictions {question id: answer}, or None where the run was told to stop."""
     model.eval()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for each batch's shape
     lengths, best = features["lengths"], np.full((len(features["lengths"]), 4), -np.inf)
     order = np.argsort(-lengths, kind="stable")  # neighbours in a batch are alike
     cuts = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // EVALUATION_TOKENS)) + 1
     for windows in progress(np.split(order, cuts), "evaluating"):
         if STOP:
             break
-        longest, shapes = int(lengths[windows[0]]), {}
-        if args.batching == "packed":
-            shapes["tokens"] = int(lengths[windows].sum()) // 8 * 8 + 8
-            shapes["strata"] = [(0, len(windows), longest)]
+        longest, tokens = int(lengths[windows[0]]), int(lengths[windows].sum()) // 8 * 8 + 8
+        shapes = {"tokens": tokens, "strata": [(0, len(windows), longest)]}
+        shapes = shapes if args.batching == "packed" else {}
         batch = make_batch(features, torch.tensor(windows, device=device), shapes, longest)
         with torch.compiler.set_stance("force_eager"):  # shapes differ: compiling would not pay
             logits = span_logits(model, batch, args)
@@ -746,6 +743,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
             optimizer.zero_grad()
         begin, done = time.perf_counter(), step + 1
         if profiler:
+            if done == profiled - 2 and clock.cuda:
+                torch.cuda.synchronize()  # what is under way is no profiled step's
             profiler.step()  # after the third it writes the trace
             if done == profiled:
                 table = profiler.key_averages().table(f"self_{device.type}_time_total", 20)
@@ -775,6 +774,7 @@ def run(args):
         signal.signal(number, lambda number, _: STOP.append(signal.Signals(number).name))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, rounds dropout
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     environment = subprocess.run([sys.executable, REPORT, "--environment"], capture_output=True)
     environment = json.loads(environment.stdout or "{}")

@@ -766,6 +766,13 @@ def test_finish_that_fails_leaves_no_results(tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+def test_a_bad_trace_costs_no_results(tmp_path):
+    (run := tmp_path / "run").mkdir()
+    write_trace(run, 0, [])
+    assert "F1" in finish(run, make_record())
+    assert (run / "results.json").exists()
+
+
 def test_finish_killed_in_the_middle(tmp_path):
     """Killed at any time results.json is absent or whole; a later end of the run goes through."""
     whole = make_record(command=["x" * 1000] * 20_000)  # long enough to be hit while it is written
