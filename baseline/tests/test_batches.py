@@ -626,7 +626,30 @@ def test_gradients_are_clipped_at_one(train, monkeypatch, tmp_path):
     assert norms == [pytest.approx(min(norm, 1), rel=1e-4) for norm in told]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_strata_have_each_row_once(train, device):
+    """Whatever the batch: their edges are rounded, and none may be empty or lost."""
+    for size in range(1, 140):
+        args = parse(train, "--batch-size", size, "--epochs", 1)
+        args.device_type = device
+        strata = train.plan_training(drawn_lengths(size), args)["shapes"]["strata"]
+        rows = [row for low, high, _ in strata for row in range(low, high)]
+        assert rows == list(range(size)) and all(high > low for low, high, _ in strata)
+        assert len(strata) == (size if device == "cpu" else min(max(size // 8, 1), 8))
+
+
 # Preparing
+def test_a_tokenizer_without_a_pad_token_will_do(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "CACHE", tmp_path)
+    tokenizer = train.sample_tokenizer()
+    tokenizer.pad_token = None
+    features = train.prepare_features(str(train.SAMPLE), "train", tokenizer, parse(train))
+    features["table"] = {n: torch.tensor(features[n]) for n in ("begin", "lengths", "tokens")}
+    features["table"] |= {n: torch.tensor(features[n]) for n in ("first", "start", "end")}
+    batch = train.make_batch(features, torch.arange(2), {}, LONGEST)
+    assert (batch["inputs"]["input_ids"][~batch["real"]] == 0).all()
+
+
 def repeated(train, times):
     """The sample again and again, each repeat with its own prefix in context and question."""
     data = train.read_squad(train.SAMPLE, None)
