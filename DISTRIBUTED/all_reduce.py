@@ -31,7 +31,7 @@ def interface():
 
 
 def measure():
-    cuda = torch.cuda.is_available() and "cpu" not in sys.argv  # as --device cpu
+    cuda = torch.cuda.is_available() and not {"cpu", "--device=cpu"} & {*sys.argv}
     device = torch.device("cuda", LOCAL) if cuda else torch.device("cpu")
     beside = Path(os.environ.get("EXIT_CODE_FILE") or tempfile.gettempdir() + "/any")  # the job's
     told = beside.with_name(f"nccl-{RANK}-{os.getpid()}")  # kept: NCCL warns there to its end
@@ -39,9 +39,8 @@ def measure():
         torch.cuda.set_device(device)
         own = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET,P2P"}
         os.environ |= own | {"NCCL_DEBUG_FILE": str(told)} if "NCCL_DEBUG" not in os.environ else {}
-    store = dist.PrefixStore(
-        "all_reduce", next(dist.rendezvous("env://"))[0]
-    )  # train.py's is whole
+    store = next(dist.rendezvous("env://"))[0]
+    store = dist.PrefixStore("all_reduce", store)  # train.py's is whole
     how = {"store": store, "rank": RANK, "world_size": WORLD, "timeout": timedelta(seconds=150)}
     how |= {"device_id": device} if cuda else {}
     dist.init_process_group("nccl" if cuda else "gloo", **how)

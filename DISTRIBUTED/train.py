@@ -13,7 +13,7 @@ import argparse, collections, contextlib, difflib, fcntl, functools, hashlib, it
 import os, resource, shutil, signal, subprocess, sys, sysconfig, time, zlib
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after the tokenizer
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a word of warning at each fork
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 import numpy as np
 import safetensors.numpy
@@ -35,8 +35,8 @@ EVALUATION_TOKENS, N_BEST, MAX_ANSWER_TOKENS = 8192, 20, 30  # a batch; the usua
 STOP = []  # the signals that asked this run to stop
 PHASES = ("data", "forward", "backward", "optimizer", "exposed_communication")
 # DDP: torchrun starts one process (rank) a GPU and tells each which it is; rank 0 does the telling.
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-RANK, LOCAL, WORLD = (int(os.environ.get(name, name == "WORLD_SIZE")) for name in names)
+alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # what they are without torchrun
+RANK, LOCAL, WORLD = (int(os.environ.get(name, value)) for name, value in alone.items())
 log = functools.partial(print, flush=True) if RANK == 0 else lambda *_, **__: None
 progress = functools.partial(tqdm, file=sys.stdout, leave=False, delay=2, miniters=1, disable=RANK)
 if not sys.stdout.isatty():  # a SLURM log: a line every 10 s, no bar
@@ -120,7 +120,7 @@ def parse_arguments(argv=None):
         require(not own, "--sample brings its own: leave out --model and the data's files")
         args.train_file = args.validation_file = str(SAMPLE)
         args.dropout = args.dropout or 0.0
-    require(args.stride < args.max_length - 3, "--stride must be under --max-length: lower it")
+    require(args.stride < args.max_length - 3, "--stride: give less than --max-length - 3")
     cuda = torch.cuda.is_available() and args.device != "cpu"
     require(cuda or args.device != "cuda", "--device cuda: torch sees no GPU on this node")
     require(cuda or args.precision != "tf32", "--precision tf32: this is no NVIDIA GPU: give fp32")
@@ -160,9 +160,10 @@ def tell(problem, facts=None):
     told = [p or f"rank {r} {other}" for r, (p, f) in enumerate(told) if p or f != told[0][1]]
     if told:
         file = os.environ.get("EXIT_CODE_FILE")  # torchrun would lose an exit code
-        Path(file or os.devnull).write_text("2")
-        log("error:", told[0][:600], file=sys.stderr)
-        os._exit(2 * (not file or (late and dist.is_initialized())))  # 2: torchrun ends the others
+        with contextlib.suppress(FileExistsError):  # the rank that makes it tells
+            open(file or os.devnull, "x" if file else "w").write("2")
+            (print if file else log)("error:", told[0][:600], file=sys.stderr, flush=True)
+        os._exit(0 if file and not (late and dist.is_initialized()) else 2)  # 2 ends the others
 
 
 def agree(device, values):
@@ -173,7 +174,7 @@ def agree(device, values):
 
 
 def whole(tensor, like=None):
-    """DDP: Returns all of a tensor that fsdp splits, or of a whole one the part like another's."""
+    """DDP: Returns all of a tensor that fsdp shards, or of a whole one the shard like another."""
     if hasattr(like, "placements") and tensor.shape == like.shape:
         return dtensor.distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -273,8 +274,6 @@ def build_features(data, tokenizer, max_length, stride, path):
     return_overflowing_tokens=True), but each paragraph is tokenised once, not once a question.
     Returns arrays; window w is tokens[begin[w] : begin[w + 1]], its context from place first[w]."""
     backend, contexts = tokenizer.backend_tokenizer, []
-    backend.no_truncation()  # what a call before may have left on
-    backend.no_padding()
     for each in encode(backend.encode_batch, data["contexts"], "paragraphs"):
         offsets = np.fromiter(itertools.chain(*each.offsets), np.int32).reshape(-1, 2)  # characters
         contexts.append((np.array(each.ids, np.int32), offsets))
@@ -318,7 +317,7 @@ def prepare_features(path, split, tokenizer, args):
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB + split
     what = [1, source, tokenizer.backend_tokenizer.to_str(), args.limit, args.max_length]
     key = hashlib.sha256(json.dumps([*what, args.stride]).encode()).hexdigest()[:16]
-    file, features = CACHE / f"features-{key}.safetensors", None
+    file = CACHE / f"features-{key}.safetensors"
     with contextlib.ExitStack() as stack:  # of several jobs that start at once, one builds
         with contextlib.suppress(OSError):  # a read-only cache, a file system without locks
             CACHE.mkdir(parents=True, exist_ok=True)
@@ -359,7 +358,7 @@ def plan_epoch(lengths, args, epoch):
         picked = ((np.arange(rest) + random.random()) * len(lengths) / max(rest, 1)).astype(int)
         order, last = np.delete(order, picked), order[picked]
         if args.batching == "packed":
-            batches = random.permuted(order.reshape(size, full), axis=1).T  # [classes, batches]
+            batches = random.permuted(order.reshape(size, full), axis=1).T  # [batches, classes]
         else:
             batches = random.permutation(order.reshape(full, size))
         order = np.concatenate([batches.ravel(), last])
@@ -425,7 +424,7 @@ def make_batch(features, chosen, shapes, longest):
         row = torch.searchsorted(ends, token, right=True)  # [1, tokens]: whose token it is
         inside, row = row < rows, row.clamp(max=rows - 1)
         position = torch.where(inside, token - starts[row], 0)
-        # Past a sequence's end its neighbour's logits are read, and masked; in attention the spare.
+        # A row's places run on into its neighbour: masked in the logits; in attention the spare.
         places = (starts[:, None] + columns).clamp(max=spare)
         read = torch.where(real, places, spare)
         strata = tuple(real[a:b, None, None, :width] for a, b, width in shapes["strata"])
@@ -442,8 +441,8 @@ def make_batch(features, chosen, shapes, longest):
 
 # 5. Model
 class Gather(torch.autograd.Function):
-    """index_select of rows. Its own backward adds, slow in bf16; this one reads by the inverse.
-    Right where what index reads twice, or what inverse lacks, has no gradient: padding here."""
+    """index_select of rows whose backward reads rows too; torch's adds them up, slow in bf16.
+    Right only where rows that index repeats or inverse omits have no gradient: padding here."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -555,7 +554,7 @@ def load_model(args, config):
 
 
 def compile_layers(model):
-    """Compiles layer by layer: they are alike, so that one layer's time is enough for all."""
+    """Compiles layer by layer, as one's time is enough for all; returns whether it could."""
     cuda, header = model.device.type == "cuda", Path(sysconfig.get_path("include"), "Python.h")
     compiler = os.environ.get("CC", "gcc") if cuda else os.environ.get("CXX", "g++")
     if not shutil.which(compiler) or not header.exists():
@@ -564,6 +563,7 @@ def compile_layers(model):
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer where DDP's buckets end
     for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
         layer.compile(fullgraph=True, dynamic=False)
+    return True
 
 
 # 6. Optimiser and schedule
@@ -576,15 +576,15 @@ def distribute(training, args, clock):
         return training
     if args.strategy == "fsdp":
         layers = next(m for m in training.modules() if isinstance(m, torch.nn.ModuleList))
-        mesh = dist.init_device_mesh(args.device_type, (WORLD,))
+        how = {"mesh": dist.init_device_mesh(args.device_type, (WORLD,))}
         for module in (*layers, training):
-            fsdp.fully_shard(module, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(None, dtype))
+            fsdp.fully_shard(module, **how, mp_policy=fsdp.MixedPrecisionPolicy(reduce_dtype=dtype))
             module.set_gradient_divide_factor(1.0)  # the loss is over the global count already
-            module.set_force_sum_reduction_for_comms(True)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
         return training
 
     def send(_, bucket):
-        """Sums a bucket of gradients over the ranks, while the backward pass goes on."""
+        """DDP's communication hook: sums a bucket of gradients while the backward pass goes on."""
         if bucket.is_last():
             clock.sent = clock.now()
         gradients = bucket.buffer()
@@ -604,7 +604,7 @@ def make_optimizer(model, args):
     others = {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}
     how = {"lr": 0.0, "fused": args.fused or None}
     optimizer = torch.optim.AdamW([matrices, others], **how)
-    if args.strategy == "zero1":  # DDP: each rank keeps the moments of its part of the parameters
+    if args.strategy == "zero1":  # DDP: each rank keeps the moments of its shard of the parameters
         optimizer = optim.ZeroRedundancyOptimizer([matrices, others], torch.optim.AdamW, **how)
         again = lambda zero: zero.optim.load_state_dict(zero.optim.state_dict())  # noqa: E731
         optimizer.register_load_state_dict_post_hook(again)  # or fused's steps stay on the CPU
@@ -635,7 +635,7 @@ class Clock:
             begin = self.now()
             yield
             end = self.now()
-            sent = self.__dict__.pop("sent", end)  # DDP: the last was handed over; then it waited
+            sent = self.__dict__.pop("sent", end)  # DDP: all was handed over; the rest is waiting
             self.marks += [(name, begin, sent), ("exposed_communication", sent, end)]
 
     def read(self):
@@ -676,7 +676,7 @@ def save_checkpoint(output, model, optimizer, names, state, settings):
     content = {"settings": settings, "state": state}
     content["model"] = {name: whole(p.detach()) for name, p in model.named_parameters()}
     content["optimizer"] = {names[i]: {k: whole(v) for k, v in moments[i].items()} for i in moments}
-    if RANK:  # DDP: one writes; all have helped to gather fsdp's parts
+    if RANK:  # DDP: one writes; all have helped to gather fsdp's shards
         return
     write_whole(output / "checkpoint.pt", lambda file: torch.save(content, file))
 
@@ -694,7 +694,7 @@ def resume(output, model, optimizer, names, state, settings):
         require(not other, f"{path} has other settings: {', '.join(told)}: choose another --output")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(whole(content["model"][name], parameter))  # DDP: fsdp's part
+                parameter.copy_(whole(content["model"][name], parameter))  # DDP: fsdp's shard
                 moments[name] = {k: whole(v, parameter) for k, v in moments[name].items()}
         moments = {i: moments[name] for i, name in enumerate(names)}
         at = iter(moments)
@@ -789,6 +789,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
     profiled = warm + 3 * (args.profile and not state["operators"] and steps - first >= 8)
     losses, norms = torch.zeros(2, every, device=device)
     profiler, read = None, first  # read: the steps whose losses have been read
+    lengths = plan["longest"][first:]  # one compiles where it is first met: no steady step
+    fresh = np.unique(lengths, return_index=True)[1] // lengths.shape[1] + first
     mark = wall = saved = time.perf_counter()
 
     def flush(done):
@@ -806,7 +808,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
         each = {"step": done, "steps": done - read, "loss": loss, "gradient_norm": norm}
         each |= {name: plan[name][span].sum().item() for name in ("tokens", "features", "squares")}
         each |= {"learning_rate": rate, "seconds": now - mark, "wall_seconds": now - wall}
-        each |= {"memory_gib": memory, "warmup": read < warm, "steady": read >= profiled}
+        steady = read >= profiled and not (args.compile and any(read <= s < done for s in fresh))
+        each |= {"memory_gib": memory, "warmup": read < warm, "steady": steady}
         state["intervals"].append(each | {"phases": clock.read()})
         speed = each["tokens"] / each["seconds"]
         left = divmod(int(plan["tokens"][done:].sum() / speed), 60)
@@ -833,7 +836,7 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
                 longest = int(plan["longest"][step, micro])
                 batch = make_batch(features, shares[step, micro], plan["shapes"], longest)
             training.require_backward_grad_sync = last = micro == args.accumulate - 1
-            if args.strategy == "fsdp":  # DDP: one sum a step
+            if args.strategy == "fsdp":  # DDP: one sum a step, as the line above is ddp's no_sync()
                 training.set_requires_gradient_sync(last)
             with clock("forward"):
                 loss = training(batch, int(plan["features"][step]))
@@ -842,7 +845,7 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
             losses[step - read] += loss.detach()
         with clock("optimizer"):
             norm = torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
-            norms[step - read] = whole(norm)  # DDP: of all the parts
+            norms[step - read] = whole(norm)  # DDP: of all shards
             optimizer.step()
             optimizer.zero_grad()
         begin, done = time.perf_counter(), step + 1
@@ -913,9 +916,9 @@ def run(args):
         optimizer.optim.register_step_post_hook(lambda *_: setattr(clock, "sent", clock.now()))
     plan, steps = None, 0
     if args.epochs:
-        free = "model train_file validation_file device device_type compile fused output log_every"
-        free += " save_every profile prepare strategy gradients"
-        settings = {n: value for n, value in vars(args).items() if n not in free.split()}
+        may_differ = "validation_file device device_type compile fused output log_every save_every"
+        may_differ += " profile prepare strategy gradients"
+        settings = {n: value for n, value in vars(args).items() if n not in may_differ.split()}
         settings |= {"model": Path(args.model).name, "train_file": features["key"]}
         resume(output, model, optimizer, names, state, settings)
         plan = plan_training(features["lengths"], args)
@@ -927,8 +930,7 @@ def run(args):
         mend = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
         require(on_purpose, f"{what} take a CPU about {hours:.0f} hours: {mend}")
         log(f"{what}, {args.accumulate} x {plan['shares'].shape[2]} at most on a rank")
-        if args.compile:
-            compile_layers(model)
+        args.compile = bool(args.compile and compile_layers(model))
         save = functools.partial(save_checkpoint, output, model, optimizer, names, state, settings)
         if state["step"] < steps:
             train(args, device, output, training, clock, optimizer, features, plan, state, save)
@@ -954,8 +956,7 @@ def run(args):
     mine = plan["shares"][plan["shares"] >= 0] if plan else []
     busy = sum(each["phases"][name] for each in state["intervals"] for name in PHASES[:4])
     mine = {"rank": RANK, "seconds": busy, "tokens": int(features["lengths"][mine].sum())}
-    ranks = [None] * WORLD  # DDP: who was slowest, and whether its share was the largest
-    dist.all_gather_object(ranks, mine)
+    dist.all_gather_object(ranks := [None] * WORLD, mine)  # DDP: who was slowest, with what share
     ranks.sort(key=lambda each: each["seconds"])
     results |= {"ranks": {"fastest": ranks[0], "slowest": ranks[-1]}, "world_size": WORLD}
     results["nodes"] = int(os.environ.get("GROUP_WORLD_SIZE", 1))
@@ -963,7 +964,6 @@ def run(args):
     dist.destroy_process_group()
     if RANK:  # what is left to do is rank 0's
         return
-    model.set_attn_implementation("sdpa")  # who loads it knows nothing of packed
     for saved in (model, tokenizer):
         saved.save_pretrained(output / "model.tmp")
     shutil.rmtree(output / "model", ignore_errors=True)  # a killed life's

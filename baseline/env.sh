@@ -197,6 +197,7 @@ _env_main() {
     fi
 
     _env_modules || return 1
+    unset PYTHONPATH  # a module's packages would shadow the venv, and pip would take them for installed
     _env_sum=$(cksum <"$_env_root/requirements.txt") || return 1
     if [ -x "$VENV/bin/python" ] && [ ! -e "$VENV/$_env_stamp" ]; then
         _env_ours=no

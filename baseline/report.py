@@ -78,16 +78,18 @@ def find_runs(names):
             inside = sorted((file.parent for file in folder.glob("*/results.json")), key=natural)
             if (folder / "results.json").exists():
                 folders.append(folder)
-            elif (folder / "checkpoint.pt").exists() and len(names) > 1:  # as runs/* gives them
-                print(f"report.py: {folder}: not finished, left out", file=sys.stderr)
-            elif (folder / "checkpoint.pt").exists():
-                fault(f"{folder}: not finished (it holds checkpoint.pt): start it again to end it")
             elif inside:
                 folders += inside
-                for left in {file.parent for file in folder.glob("*/checkpoint.pt")} - {*inside}:
+                for left in {file.parent for file in folder.glob("*/.lock")} - {*inside}:
                     print(f"report.py: {left}: not finished, left out", file=sys.stderr)
+            elif len(names) > 1:  # as runs/* gives them
+                print(f"report.py: {folder}: no finished run, left out", file=sys.stderr)
+            elif (folder / "checkpoint.pt").exists():
+                fault(f"{folder}: not finished (it holds checkpoint.pt): start it again to end it")
             else:
                 fault(f"{folder}: no results.json in it; give the folder of a finished run")
+    if not folders:
+        fault(f"none of these is a finished run: {', '.join(map(str, names))[:200]}")
     return list(dict.fromkeys(folders))
 
 
@@ -503,11 +505,14 @@ def strategies_table(runs):
 
 
 def speed_up_table(runs):
-    rows = []
-    for run in runs[1:]:
-        row = {"run": run["name"], f"speed-up over {runs[0]['name']}": speed_up(run, runs[0])}
-        row |= {"what changed": ", ".join(differences(run, runs[0])[1]) or "nothing"}
-        rows.append(row | {"F1": shown(run, "F1"), "the first's F1": shown(runs[0], "F1")})
+    rows, first = [], min(runs, key=ranks)
+    for run in runs:
+        if run is not first:
+            row = {"run": run["name"], f"speed-up over {first['name']}": speed_up(run, first)}
+            row |= {"what changed": ", ".join(differences(run, first)[1]) or "nothing"}
+            rows.append(
+                row | {"F1": shown(run, "F1"), f"F1 of {first['name']}": shown(first, "F1")}
+            )
     return table(conditions(runs, "By real tokens/s in the steady state."), rows)
 
 
@@ -842,19 +847,22 @@ def report(runs):
     parts = ["# Report", "## Environment", environment_table(runs)]
     for title in ("times", "throughput", "answers"):
         parts += [f"## {title.capitalize()}", TABLES[title](runs)]
-    names = [run["folder"].name for run in runs]
-    strategies = {argument(run, "strategy") for run in runs}
-    if len(runs) > 1:
-        kinds = {
-            "ladder": all(re.match(r"\d+-", name) for name in names),
-            "scaling": all(re.match(r"(strong|growing)-\d+x\d+", name) for name in names),
-            "strategies": None not in strategies and len(strategies) > 1,
-            "seeds": len({argument(run, "seed") for run in runs}) > 1,
-        }
-        kinds["speed-up"] = not any(kinds.values())
-        for title in (title for title, fits in kinds.items() if fits):
-            parts += [f"## {title.capitalize()}", TABLES[title](runs)]
-            parts += [CHARTS.get(title, speed_chart)(runs)]
+    kinds = {"ladder": r"\d+-", "scaling": r"(strong|growing)-\d+x\d+-", "": ""}  # by the folder
+    kind = {
+        id(run): next(k for k in kinds if re.match(kinds[k], run["folder"].name)) for run in runs
+    }
+    groups = {name: [run for run in runs if kind[id(run)] == name] for name in kinds}
+    others = groups.pop("")
+    trained = [run for run in others if argument(run, "strategy")]
+    groups["strategies"] = (
+        trained if len({argument(run, "strategy") for run in trained}) > 1 else []
+    )
+    groups["seeds"] = others if len({argument(run, "seed") for run in others}) > 1 else []
+    groups["speed-up"] = others if not groups["strategies"] + groups["seeds"] else []
+    for title, chosen in groups.items():
+        if len(chosen) > 1:
+            parts += [f"## {title.capitalize()}", TABLES[title](chosen)]
+            parts += [CHARTS.get(title, speed_chart)(chosen)]
     parts += ["## Phases", phases_table(runs), *([phases_chart(runs)] if len(runs) < 3 else [])]
     traced = [run for run in runs if read_traces(run)] if len(runs) < 5 else []
     return "\n\n".join(parts + (["## Traces", trace_table(traced)] if traced else []))
@@ -879,20 +887,23 @@ THROTTLES += ["software thermal", "hardware thermal", "power brake", "display cl
 def gpus():
     """The state of each GPU that this node's ranks use."""
     fields = ["name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem"]
-    fields += ["temperature.gpu", "clocks_throttle_reasons.active"]
-    query = f"--query-gpu=index,uuid,{','.join(fields)}"
-    told = told_by("nvidia-smi", query, "--format=csv,noheader").splitlines()
-    rows, visible = [row.split(", ") for row in told], os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def query(*fields):  # apart, as nvidia-smi answers nothing where it lacks one
+        told = told_by("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+        return [row.split(", ") for row in told.splitlines()]
+
+    rows = query("index", "uuid", *fields, "temperature.gpu")
+    reasons = dict(query("uuid", "clocks_throttle_reasons.active"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:  # by index, or by the UUID's beginning
         asked = [one for one in visible.split(",") if one]
         rows = [r for one in asked for r in rows if one == r[0] or r[1].startswith(one)]
-    count = int(os.environ.get("GPUS_USED") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    found = [dict(zip(fields, row[2:])) for row in rows[:count]]
-    for gpu in found:
-        bits = re.fullmatch("0x([0-9a-fA-F]+)", gpu.pop(fields[-1], ""))
-        bits = int(bits[1], 16) if bits else 0
-        reasons = (name for bit, name in enumerate(THROTTLES) if bits >> bit & 1)
-        gpu["throttled by"] = " and ".join(reasons) or "nothing"
+    count, found = int(os.environ.get("GPUS_USED") or os.environ.get("LOCAL_WORLD_SIZE") or 1), []
+    for _, uuid, *values in rows[:count]:
+        bits = re.fullmatch("0x([0-9a-fA-F]+)", reasons.get(uuid, ""))
+        names = [n for i, n in enumerate(THROTTLES) if bits and int(bits[1], 16) >> i & 1]
+        told = (" and ".join(names) or "nothing") if bits else "not known"
+        found.append(dict(zip([*fields, "temperature.gpu"], values)) | {"throttled by": told})
     return found
 
 
@@ -903,9 +914,12 @@ def machine():
     cpu = f"CPU {cpu[1] if cpu else ''}".strip()
     several = int(os.environ.get("GROUP_WORLD_SIZE") or 1) > 1  # torchrun's nodes
     hosts = told_by("scontrol", "show", "hostnames").split() if several and node else []
-    jobs = told_by("squeue", "-h", "-w", node, "-o", "%A") if node else ""
+    # Jobs of others may be hidden from squeue; how many CPUs of a node all jobs have is not.
+    own_cpus = re.match(r"\d+", os.environ.get("SLURM_JOB_CPUS_PER_NODE") or "")
+    told = told_by("scontrol", "show", "node", node) if node else ""
+    cpus = re.search(r"CPUAlloc=(\d+)", told)
     found = {"commit": told_by("git", "rev-parse", "HEAD") or None}
-    found["dirty"] = bool(told_by("git", "status", "--porcelain", "--", ".."))
+    found["dirty"] = bool(told_by("git", "status", "--porcelain", "-uno", "--", ".."))
     found["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     found["hosts"] = hosts or [socket.gethostname()]
     found |= {"devices": [gpu["name"] for gpu in state] or [cpu], "cpu": cpu, "gpu": state}
@@ -921,7 +935,8 @@ def machine():
     cuda = re.search(r"^cuda\b.*'(.+)'", torch, re.MULTILINE)
     found |= {"cuda": cuda[1] if cuda else None, "slurm_job_id": os.environ.get("SLURM_JOB_ID")}
     found["restarts"] = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return found | {"node_shared": len(jobs.split()) > 1 if jobs else None}
+    shared = int(cpus[1]) > int(own_cpus[0]) if cpus and own_cpus else None
+    return found | {"node_shared": shared}
 
 
 # Dense TFLOP/s in bf16, tf32 and fp32, from NVIDIA's data sheets; the first name that fits counts.

@@ -12,7 +12,7 @@ import argparse, collections, contextlib, difflib, fcntl, functools, hashlib, it
 import os, resource, shutil, signal, subprocess, sys, sysconfig, time, zlib
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # nothing forks after the tokenizer
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a word of warning at each fork
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 import numpy as np
 import safetensors.numpy
@@ -110,7 +110,7 @@ def parse_arguments(argv=None):
         require(not own, "--sample brings its own: leave out --model and the data's files")
         args.train_file = args.validation_file = str(SAMPLE)
         args.dropout = args.dropout or 0.0
-    require(args.stride < args.max_length - 3, "--stride must be under --max-length: lower it")
+    require(args.stride < args.max_length - 3, "--stride: give less than --max-length - 3")
     cuda = torch.cuda.is_available() and args.device != "cpu"
     require(cuda or args.device != "cuda", "--device cuda: torch sees no GPU on this node")
     require(cuda or args.precision != "tf32", "--precision tf32: this is no NVIDIA GPU: give fp32")
@@ -219,8 +219,6 @@ def build_features(data, tokenizer, max_length, stride, path):
     return_overflowing_tokens=True), but each paragraph is tokenised once, not once a question.
     Returns arrays; window w is tokens[begin[w] : begin[w + 1]], its context from place first[w]."""
     backend, contexts = tokenizer.backend_tokenizer, []
-    backend.no_truncation()  # what a call before may have left on
-    backend.no_padding()
     for each in encode(backend.encode_batch, data["contexts"], "paragraphs"):
         offsets = np.fromiter(itertools.chain(*each.offsets), np.int32).reshape(-1, 2)  # characters
         contexts.append((np.array(each.ids, np.int32), offsets))
@@ -264,7 +262,7 @@ def prepare_features(path, split, tokenizer, args):
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB + split
     what = [1, source, tokenizer.backend_tokenizer.to_str(), args.limit, args.max_length]
     key = hashlib.sha256(json.dumps([*what, args.stride]).encode()).hexdigest()[:16]
-    file, features = CACHE / f"features-{key}.safetensors", None
+    file = CACHE / f"features-{key}.safetensors"
     with contextlib.ExitStack() as stack:  # of several jobs that start at once, one builds
         with contextlib.suppress(OSError):  # a read-only cache, a file system without locks
             CACHE.mkdir(parents=True, exist_ok=True)
@@ -305,7 +303,7 @@ def plan_epoch(lengths, args, epoch):
         picked = ((np.arange(rest) + random.random()) * len(lengths) / max(rest, 1)).astype(int)
         order, last = np.delete(order, picked), order[picked]
         if args.batching == "packed":
-            batches = random.permuted(order.reshape(size, full), axis=1).T  # [classes, batches]
+            batches = random.permuted(order.reshape(size, full), axis=1).T  # [batches, classes]
         else:
             batches = random.permutation(order.reshape(full, size))
         order = np.concatenate([batches.ravel(), last])
@@ -370,7 +368,7 @@ def make_batch(features, chosen, shapes, longest):
         row = torch.searchsorted(ends, token, right=True)  # [1, tokens]: whose token it is
         inside, row = row < rows, row.clamp(max=rows - 1)
         position = torch.where(inside, token - starts[row], 0)
-        # Past a sequence's end its neighbour's logits are read, and masked; in attention the spare.
+        # A row's places run on into its neighbour: masked in the logits; in attention the spare.
         places = (starts[:, None] + columns).clamp(max=spare)
         read = torch.where(real, places, spare)
         strata = tuple(real[a:b, None, None, :width] for a, b, width in shapes["strata"])
@@ -387,8 +385,8 @@ def make_batch(features, chosen, shapes, longest):
 
 # 5. Model
 class Gather(torch.autograd.Function):
-    """index_select of rows. Its own backward adds, slow in bf16; this one reads by the inverse.
-    Right where what index reads twice, or what inverse lacks, has no gradient: padding here."""
+    """index_select of rows whose backward reads rows too; torch's adds them up, slow in bf16.
+    Right only where rows that index repeats or inverse omits have no gradient: padding here."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -500,7 +498,7 @@ def load_model(args, config):
 
 
 def compile_layers(model):
-    """Compiles layer by layer: they are alike, so that one layer's time is enough for all."""
+    """Compiles layer by layer, as one's time is enough for all; returns whether it could."""
     cuda, header = model.device.type == "cuda", Path(sysconfig.get_path("include"), "Python.h")
     compiler = os.environ.get("CC", "gcc") if cuda else os.environ.get("CXX", "g++")
     if not shutil.which(compiler) or not header.exists():
@@ -509,6 +507,7 @@ def compile_layers(model):
     torch._dynamo.config.optimize_ddp = False  # it would cut a layer where DDP's buckets end
     for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
         layer.compile(fullgraph=True, dynamic=False)
+    return True
 
 
 # 6. Optimiser and schedule
@@ -689,6 +688,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
     profiled = warm + 3 * (args.profile and not state["operators"] and steps - first >= 8)
     losses, norms = torch.zeros(2, every, device=device)
     profiler, read = None, first  # read: the steps whose losses have been read
+    lengths = plan["longest"][first:]  # one compiles where it is first met: no steady step
+    fresh = np.unique(lengths, return_index=True)[1] // lengths.shape[1] + first
     mark = wall = saved = time.perf_counter()
 
     def flush(done):
@@ -705,7 +706,8 @@ def train(args, device, output, training, clock, optimizer, features, plan, stat
         each = {"step": done, "steps": done - read, "loss": loss, "gradient_norm": norm}
         each |= {name: plan[name][span].sum().item() for name in ("tokens", "features", "squares")}
         each |= {"learning_rate": rate, "seconds": now - mark, "wall_seconds": now - wall}
-        each |= {"memory_gib": memory, "warmup": read < warm, "steady": read >= profiled}
+        steady = read >= profiled and not (args.compile and any(read <= s < done for s in fresh))
+        each |= {"memory_gib": memory, "warmup": read < warm, "steady": steady}
         state["intervals"].append(each | {"phases": clock.read()})
         speed = each["tokens"] / each["seconds"]
         left = divmod(int(plan["tokens"][done:].sum() / speed), 60)
@@ -801,9 +803,9 @@ def run(args):
     optimizer, names = make_optimizer(model, args)
     plan, steps = None, 0
     if args.epochs:
-        free = "model train_file validation_file device device_type compile fused output log_every"
-        free += " save_every profile prepare strategy gradients"
-        settings = {n: value for n, value in vars(args).items() if n not in free.split()}
+        may_differ = "validation_file device device_type compile fused output log_every save_every"
+        may_differ += " profile prepare strategy gradients"
+        settings = {n: value for n, value in vars(args).items() if n not in may_differ.split()}
         settings |= {"model": Path(args.model).name, "train_file": features["key"]}
         resume(output, model, optimizer, names, state, settings)
         plan = plan_training(features["lengths"], args)
@@ -815,8 +817,7 @@ def run(args):
         mend = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
         require(on_purpose, f"{what} take a CPU about {hours:.0f} hours: {mend}")
         log(f"{what}, {args.accumulate} x {plan['shares'].shape[2]} at most on a rank")
-        if args.compile:
-            compile_layers(model)
+        args.compile = bool(args.compile and compile_layers(model))
         save = functools.partial(save_checkpoint, output, model, optimizer, names, state, settings)
         if state["step"] < steps:
             train(args, device, output, training, clock, optimizer, features, plan, state, save)
@@ -835,7 +836,6 @@ def run(args):
     if plan:
         results["steps_an_epoch"] = plan["steps_an_epoch"]
         results |= {f"{n}_per_step": plan[n].tolist() for n in ("tokens", "computed")}
-    model.set_attn_implementation("sdpa")  # who loads it knows nothing of packed
     for saved in (model, tokenizer):
         saved.save_pretrained(output / "model.tmp")
     shutil.rmtree(output / "model", ignore_errors=True)  # a killed life's

@@ -486,13 +486,14 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 def test_compiling_makes_one_graph_a_shape(train, monkeypatch, tmp_path, batching, shapes):
     """Each layer's graph is made once for each shape, and never again; bucketed batches are as
     long as a multiple of 64: 64, 128 and 192 here."""
-    graphs, usual = [], torch.nn.Module.compile
+    graphs, usual, compiled = [], torch.nn.Module.compile, set()
     monkeypatch.setenv("CXX", sys.executable)  # the backend here is no compiler and needs none
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(train.sysconfig, "get_path", lambda name: str(tmp_path))
 
     def backend(graph, inputs):
         graphs.append(graph)
+        compiled.add(len(train.log.__self__))  # a line a step
         return graph.forward
 
     monkeypatch.setattr(
@@ -502,13 +503,17 @@ def test_compiling_makes_one_graph_a_shape(train, monkeypatch, tmp_path, batchin
     torch._dynamo.utils.counters.clear()
     try:
         words = ("--max-steps", 14, "--log-every", 1, "--max-length", 192)
-        how = {"batching": batching, "lengths": np.linspace(10, 192, 100).astype(int)}
+        lengths = np.append(np.linspace(10, 120, 96), [180] * 16).astype(int)  # one long batch in 7
+        how = {"batching": batching, "lengths": lengths}
         state, _, _ = go(train, monkeypatch, tmp_path, *words, "--compile", **how)
         breaks = torch._dynamo.utils.counters["graph_break"]
     finally:
         torch._dynamo.reset()
     assert not breaks
     assert len(graphs) in (shapes, 2 * shapes), "the two layers share theirs, or do not"
+    unsteady = [i for i, each in enumerate(state["intervals"]) if not each["steady"]]
+    assert unsteady == sorted({0, 1, 2} | compiled), "the warm-up, and what compiles later"
+    assert batching != "bucketed" or max(compiled) > 2, "let one compile late: another --seed"
     plain, _, _ = go(train, monkeypatch, tmp_path, *words, **how)
     for one, two in zip(state["intervals"], plain["intervals"], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
@@ -522,7 +527,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(train, monkeypatch, name, dev
     monkeypatch.setenv(name, "no-compiler-of-this-name")
     model = make_model(parse(train))
     monkeypatch.setattr(type(model), "device", torch.device(device))
-    train.compile_layers(model)
+    assert not train.compile_layers(model)
     assert len(lines) == 1 and "no-compiler-of-this-name" in lines[0]
     assert all(layer._compiled_call_impl is None for layer in model.bert.encoder.layer)
 

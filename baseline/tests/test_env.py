@@ -420,6 +420,12 @@ def test_store_takes_what_is_large_and_prepared_means_offline(project):
     )
 
 
+def test_packages_of_a_module_do_not_shadow_the_environment(project):
+    show = 'echo "${PYTHONPATH-none}"'
+    answer = project.source(show, VENV=str(project.venv), PYTHONPATH="/modules/torch")
+    assert answer.output == "none\n"
+
+
 def test_modules_are_loaded_where_there_are_any(project):
     module = 'module() { echo "module $*"; [ "$2" != unknown ]; }; set -u; '
 
@@ -590,6 +596,7 @@ def test_two_nodes_get_what_they_need(project):
         assert agent[-len(AWKWARD) :] == AWKWARD
     for _, environment in told(answer.output):
         assert environment["EXPECTED_WORLD_SIZE"] == "4" and environment["OMP_NUM_THREADS"] == "1"
+    assert "--export=ALL" in answer.output  # whatever sbatch --export has left out
     assert "--kill-on-bad-exit=1" in answer.output and "--cpus-per-task=1" in answer.output
     assert answer.output.count("10.0.0.1") >= 2  # both nodes say where they meet, before they start
     other = project.script(

@@ -75,9 +75,8 @@ def test_options_and_variables_are_the_scripts_own():
     files += ROOT.glob("*/tests/*.py")
     texts = "".join(file.read_text(encoding="utf-8") for file in files if "readme" not in file.name)
     prose = re.sub(r"```diff\n.*?```", "", README, flags=re.DOTALL)
-    others = (
-        "--gres --mem --wrap --hint --kill-on-bad-exit --logdir --format --grep --fixed-strings"
-    )
+    others = "--gres --gpus --mem --wrap --hint --kill-on-bad-exit --logdir --format --grep"
+    others += " --fixed-strings"
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) - set(others.split()):
         assert f'"{option}"' in texts or option in ("--no-compile", "--no-profile"), option
     rows = re.findall(r"^\| (`[A-Z][^|]*) \|", prose, re.MULTILINE)

@@ -19,12 +19,15 @@ REPORT = pathlib.Path(__file__).parents[1] / "report.py"
 A100 = "NVIDIA A100-PCIE-40GB"
 
 
-def report(*words, code=0):
+def report(*words, code=0, told=None):
+    """Returns what report.py prints: tables, or what is wrong; told gets its words on the way."""
     command = [sys.executable, str(REPORT), *map(str, words)]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == code, done.stderr
+    if told is not None:
+        told += done.stderr.splitlines()
     return done.stdout if code == 0 else done.stderr
 
 
@@ -413,6 +416,28 @@ def test_strategies_and_memory(tmp_path):
     )
 
 
+def test_one_command_over_all_that_a_course_left(tmp_path):
+    """Ladder, scaling, strategies: each its own table, whatever else lies beside it."""
+    for name in ("ladder-7/1-fp32", "ladder-7/2-tf32"):
+        make_run(tmp_path / name, {"precision": name.split("-")[-1]})
+    for ranks in (1, 2):
+        results = {"world_size": ranks, "nodes": 1, "strategy": "ddp"}
+        make_run(tmp_path / f"scaling-8/strong-1x{ranks}-1", {"strategy": "ddp"}, results)
+    make_run(tmp_path / "baseline-5")
+    make_run(tmp_path / "DISTRIBUTED-6", {"strategy": "ddp"}, {"world_size": 4, "nodes": 2})
+    names = ("DISTRIBUTED-6", "baseline-5", "ladder-7", "scaling-8")
+    text = report(*(tmp_path / name for name in names))
+    assert re.search(
+        r"## Speed-up.*\| run \| speed-up over baseline-5 \|.*DISTRIBUTED-6", text, re.S
+    )
+    speed_up, ladder = (
+        text.split(f"## {name}\n")[1].split("\n## ")[0] for name in ("Speed-up", "Ladder")
+    )
+    assert "2-tf32" in ladder and "baseline-5" not in ladder and "2-tf32" not in speed_up
+    assert "| strong | 1x2 |" in text.split("## Scaling\n")[1]
+    assert "## Strategies" not in text and "## Seeds" not in text
+
+
 # Charts
 
 
@@ -541,11 +566,12 @@ def test_environment():
 
 def test_environment_of_gpus(module, tmp_path, monkeypatch):
     """Of the node's three GPUs the two that the job may use, in its order."""
-    rows = [
+    rows = "\n".join(
         f"{n}, GPU-{n}a, {A100}, 535.1, 250.00 W, 1410 MHz, 1410 MHz, 1215 MHz, 60" for n in "012"
-    ]
-    rows = "\n".join(f"{row}, 0x000000000000000{4 * n}" for n, row in enumerate(rows))
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{rows}'")
+    )
+    bits = "\n".join(f"GPU-{n}a, 0x000000000000000{4 * n}" for n in (0, 1, 2))
+    told = f"case $1 in *throttle*) echo '{bits}' ;; *) echo '{rows}' ;; esac"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{told}")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -556,8 +582,24 @@ def test_environment_of_gpus(module, tmp_path, monkeypatch):
         assert found["gpu"][0]["throttled by"] == "hardware slowdown"
         assert found["gpu"][1]["throttled by"] == "nothing"
         assert found["gpu"][0]["power.limit"] == "250.00 W"
+    told = f"case $1 in *throttle*) exit 2 ;; *) echo '{rows}' ;; esac"  # a driver without it
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{told}")
+    found = module.machine()
+    assert found["devices"] == [A100, A100]
+    assert {gpu["throttled by"] for gpu in found["gpu"]} == {"not known"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert module.machine()["gpu"] == []
+
+
+@pytest.mark.parametrize("allocated, shared", [("64", False), ("96", True), ("?", None)])
+def test_whether_others_are_on_the_node(module, tmp_path, monkeypatch, allocated, shared):
+    told = f"case $* in *node*c7*) echo 'NodeName=c7 CPUAlloc={allocated} CPUTot=128' ;; esac"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{told}")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURMD_NODENAME", "c7")
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "64(x2)")
+    assert module.machine()["node_shared"] is shared
 
 
 def make_record(arguments=(), environment=(), **fields):
@@ -841,6 +883,28 @@ def test_bad_runs(tmp_path, content, says):
         (tmp_path / "results.json").write_text(content)
     text = report(tmp_path, code=2)
     assert says in text and text.count("\n") == 1
+
+
+def test_what_did_not_finish_is_named_and_left_out(tmp_path):
+    """As `report.py runs/*` meets it: one run died, one is under way, one file is no folder."""
+    make_run(tmp_path / "good")
+    for name, file in (("died", ".lock"), ("under-way", "checkpoint.pt"), ("notes.md", None)):
+        place = tmp_path / name if file is None else tmp_path / name / file
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
+    told, names = [], ("died", "good", "notes.md", "under-way")
+    assert "good" in report(*(tmp_path / name for name in names), told=told)
+    assert [line.split(": ")[1:] for line in told] == [
+        [str(tmp_path / name), "no finished run, left out"] for name in names if name != "good"
+    ]
+    make_run(tmp_path / "ladder/1-fp32")
+    (tmp_path / "ladder/2-bf16").mkdir()
+    (tmp_path / "ladder/2-bf16/.lock").touch()
+    told.clear()
+    assert "1-fp32" in report(tmp_path / "ladder", told=told)
+    assert told == [f"report.py: {tmp_path}/ladder/2-bf16: not finished, left out"]
+    text = report(tmp_path / "died", tmp_path / "under-way", code=2)
+    assert "none of these is a finished run" in text
 
 
 def test_bad_words(tmp_path):

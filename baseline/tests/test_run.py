@@ -255,6 +255,13 @@ def test_one_seed_gives_one_training(start, tmp_path):
     assert len(found["one"][0]) == 6
 
 
+def test_results_do_not_claim_a_compilation_that_was_not(start, tmp_path):
+    words = ("--sample", "--limit", 20, "--max-steps", 2, "--no-profile", "--compile")
+    log = start(*words, "--output", tmp_path / "run", CXX="no-compiler").end()
+    assert "not compiling: this node has no no-compiler" in log
+    assert read(tmp_path / "run/results.json")["arguments"]["compile"] is False
+
+
 def test_help_fits_two_screens_and_documents_every_option(start):
     text = start("--help").end()
     assert len(text.splitlines()) <= 80 and max(map(len, text.splitlines())) <= 100

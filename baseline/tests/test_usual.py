@@ -182,6 +182,8 @@ def tokenizer(request):
 
 def build(train, data, tokenizer, max_length, stride):
     """The features as prepare_features hands them on."""
+    tokenizer.backend_tokenizer.no_truncation()  # the usual way's calls leave them on
+    tokenizer.backend_tokenizer.no_padding()
     features = train.build_features(data, tokenizer, max_length, stride, "a file")
     features["texts"] = json.loads(features["texts"].tobytes())
     features["lengths"] = np.diff(features["begin"])
