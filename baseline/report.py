@@ -399,13 +399,16 @@ def loss_agreement(run, earlier):
 
     def first(one):
         found = [i for i in one["timings"]["intervals"][:FIRST_LOSSES] if is_number(i.get("loss"))]
-        batches = [(argument(one, "seed"), i.get("step"), i.get("tokens")) for i in found]
-        return batches, [i["loss"] for i in found]
+        pairs = one["timings"]["tokens_per_step"]  # real, computed
+        batches = [argument(one, "seed"), [pair[:1] for pair in pairs if isinstance(pair, list)]]
+        return batches, {(i.get("step"), i.get("tokens")): i["loss"] for i in found}
 
     batches, losses = first(run)
     for other in earlier:
-        if losses and first(other)[0] == batches:
-            most = max(abs(a - b) for a, b in zip(losses, first(other)[1]))
+        same, others = first(other)
+        both = losses.keys() & others.keys()  # a save between makes an interval of its own
+        if both and same == batches:
+            most = max(abs(losses[key] - others[key]) for key in both)
             return f"{most:.1e} from {other['name']}"
     return "no earlier rung has these batches" if losses else MISSING
 

@@ -425,6 +425,40 @@ def test_a_step_waits_for_nothing(train, monkeypatch, tmp_path, batching):
     assert waits.seen["_local_scalar_dense"] == 1 and waits.seen["index"] == 1
 
 
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors(each)
+
+
+@pytest.mark.parametrize("batching", [*BATCHINGS, ON_GPU])
+def test_a_step_stays_on_the_device(train, batching):
+    """On torch's meta device, which has shapes and no values, a tensor that is made elsewhere or a
+    value that is read raises: as near to a GPU as a machine without one comes."""
+    args = parse(train, "--batch-size", 16, "--epochs", 1, "--accumulate", 2, "--no-fused")
+    args.batching = "packed" if batching == ON_GPU else batching
+    args.device_type = "cuda" if batching == ON_GPU else "cpu"
+    features = make_features(drawn_lengths(40))
+    plan = train.plan_training(features["lengths"], args)
+    features["table"] = {name: column.to("meta") for name, column in features["table"].items()}
+    args.device_type, model = "cpu", make_model(args).to("meta")
+    training, (optimizer, _) = (
+        train.SpanModel(model, args).train(),
+        train.make_optimizer(model, args),
+    )
+    for step, shares in enumerate(torch.tensor(plan["shares"]).to("meta")):
+        for micro in range(args.accumulate):
+            longest = int(plan["longest"][step, micro])
+            batch = train.make_batch(features, shares[micro], plan["shapes"], longest)
+            assert {tensor.device.type for tensor in tensors(batch)} == {"meta"}
+            training(batch, int(plan["features"][step])).backward()
+        torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("more", [(), ("--precision", "bf16", "--compile")])
 def test_more_steps_wait_no_more_on_a_gpu(train, monkeypatch, tmp_path, more):

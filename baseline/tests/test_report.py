@@ -327,7 +327,13 @@ def make_ladder(folder):
     path.write_text(json.dumps(times))
     path = folder / "10-packed" / "timings.json"
     times = json.loads(path.read_text())
-    times["intervals"][3]["tokens"] += 1  # so it trained other batches
+    times["tokens_per_step"][3][0] += 1  # so it trained other batches
+    path.write_text(json.dumps(times))
+    path = folder / "3-dynamic" / "timings.json"
+    times = json.loads(path.read_text())
+    whole = times["intervals"][5]  # a save in the middle of an interval makes two of it
+    half = whole | {"step": whole["step"] - 1, "tokens": whole["tokens"] // 2, "loss": 9.0}
+    times["intervals"][5:6] = [half, whole | {"tokens": whole["tokens"] // 2, "loss": 8.0}]
     path.write_text(json.dumps(times))
 
 
