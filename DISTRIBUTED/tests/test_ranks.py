@@ -548,6 +548,20 @@ train.SpanModel.forward = broken
     assert run.codes == [1, 1] and "step 4" in run.log and "Traceback" not in run.log
 
 
+def test_a_late_problem_of_one_rank_alone_is_told(ranks, tmp_path):
+    """After all have compared what they were given: a disk that fails on one node, say."""
+    patch = """
+def failing(*_):
+    raise OSError(5, "Input/output error", "/scratch")
+if RANK == 1:
+    train.make_optimizer = failing
+"""
+    file = tmp_path / "exit-code"  # what the job ends with, as run_2x2.sbatch has it
+    run = ranks(2, *SHORT, patch=patch, env={"EXIT_CODE_FILE": str(file)})
+    assert run.codes[1] == 2 and file.read_text() == "2"
+    assert run.log.count("error: /scratch: Input/output error") == 1
+
+
 # 5. The real starter: run_2x2.sbatch without SLURM
 
 
