@@ -524,7 +524,7 @@ def load_tokenizer(args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # its errors have no common class
         mend = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
-        raise Problem(f"{where}: {type(error).__name__}: {str(error).split('. ')[0][:150]}: {mend}")
+        raise Problem(f"{where}: {' '.join(str(error).split()[:17])}: {mend}")
     kind, types = config.model_type, ", ".join(MODEL_TYPES)
     require(kind in MODEL_TYPES, f"{where} is a {kind}: give one of {types}")
     fits = tokenizer.is_fast and None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -887,11 +887,11 @@ def run(args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     environment = subprocess.run([sys.executable, REPORT, "--environment"], capture_output=True)
     environment = json.loads(environment.stdout or "{}")
-    what = "the sample" if args.sample else args.model
-    what += f", {args.precision} on {args.device_type}, {args.batching}, to {output}"
-    log(f"{HERE.name}: {what}")
+    what = f"{'the sample' if args.sample else args.model}, {args.precision} on {args.device_type}"
+    log(f"{HERE.name}: {what}, {args.batching}, to {output}")
     join(device)  # DDP: from here on, a problem of one is told to all
     _lock = None if args.prepare or RANK else open_output(output)  # held to the end
+    _ = [open(path).close() for path in (args.train_file, args.validation_file) if path]
     tokenizer, config = load_tokenizer(args)
     begin = time.perf_counter()
     features = prepare_features(args.train_file, "train", tokenizer, args)

@@ -81,7 +81,7 @@ def find_runs(names):
             elif inside:
                 folders += inside
                 for left in {file.parent for file in folder.glob("*/.lock")} - {*inside}:
-                    print(f"report.py: {left}: not finished, left out", file=sys.stderr)
+                    print(f"report.py: {left}: no finished run, left out", file=sys.stderr)
             elif len(names) > 1:  # as runs/* gives them
                 print(f"report.py: {folder}: no finished run, left out", file=sys.stderr)
             elif (folder / "checkpoint.pt").exists():
@@ -512,7 +512,10 @@ def speed_up_table(runs):
     for run in runs:
         if run is not first:
             row = {"run": run["name"], f"speed-up over {first['name']}": speed_up(run, first)}
-            row |= {"what changed": ", ".join(differences(run, first)[1]) or "nothing"}
+            row |= {
+                "what changed": ", ".join(differences(run, first)[1])
+                or "nothing that changes speed"
+            }
             rows.append(
                 row | {"F1": shown(run, "F1"), f"F1 of {first['name']}": shown(first, "F1")}
             )
@@ -1012,13 +1015,14 @@ def block(run):
     """The lines at the end of a log that go into a report."""
     phases = {n.replace("_", " "): one["share"] for n, one in run["timings"]["phases"].items()}
     here, reason = {name: shown(run, name) for name in RESULTS}, paper(run)
+    last = " (all of the last start)" if get(run, "resumed_from_steps") else ""
     peak = f"{here['MFU']} of the device's peak" if value(run, "MFU") else "device's peak not known"
     lines = {
         "run": f"{run['folder']}, commit {commit(run)}",
         "device": f"{ranks(run)} x {device(run)}, torch {environment(run, 'torch')}, {here['settings']}",
         "an epoch": f"{here['epoch s']} s at the steady state's {here['tokens/s']} real tokens/s, {here['features/s']} features/s",
         "training": f"{here['training s']} s, {here['steps']} steps; of them warm-up {here['warm-up s']} s",
-        "beside it": f"preparing {here['preparing s']} s, evaluating {here['evaluating s']} s; in all {here['in all s']} s",
+        "beside it": f"preparing {here['preparing s']} s, evaluating {here['evaluating s']} s; in all {here['in all s']} s{last}",
         "padding": f"{here['padding']} of the tokens computed",
         "utilisation": f"{peak}; memory {here['peak GiB a rank']} GiB at most",
         "phases": ", ".join(f"{name} {percent(share)}" for name, share in phases.items()),
@@ -1211,7 +1215,7 @@ CHARTS = {"runs": speed_chart, "scaling": scaling_chart, "phases": phases_chart}
 CHARTS |= {"tokens": tokens_chart, "ladder": lambda runs: speed_chart(rungs(runs))}
 PLAIN = {  # caption, then the columns
     "runs": "A row a run.|run|nodes x ranks|settings|batch|epoch s|training s|tokens/s|MFU|padding|peak GiB a rank|EM|F1",
-    "times": "Seconds; the first is the headline, an epoch's real tokens at the steady tokens/s.|run|epoch s|training s|warm-up s|preparing s|evaluating s|in all s|each epoch s|features cached|resumed from",
+    "times": "Seconds; the first is the headline, an epoch's real tokens at the steady tokens/s. Preparing, evaluating and in all: of the last start.|run|epoch s|training s|warm-up s|preparing s|evaluating s|in all s|each epoch s|features cached|resumed from",
     "throughput": "Steady state: warm-up, the profiler's steps, saves and waits for them are out; real tokens only.|run|tokens/s|features/s|padding|MFU|peak GiB a rank|nodes x ranks|steps",
     "answers": "Percent, on the whole validation file, once, at the end.|run|EM|F1|the BERT paper's EM / F1|scorer",
     "memory": "The most that a rank held; on a CPU all of its process.|run|nodes x ranks|settings|features a rank and pass|parameters|peak GiB a rank",

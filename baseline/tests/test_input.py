@@ -294,7 +294,11 @@ def test_an_offline_node_with_an_empty_cache(refused, model, tmp_path):
     # transformers and datasets read these when they are imported.
     patch = "import huggingface_hub.constants as c\n"
     patch += f"c.HF_HUB_OFFLINE, c.HF_HUB_CACHE = True, {str(tmp_path)!r}\n"
-    refused(says=["--model google-bert/bert-base-uncased", "prepare.sh"], patch=patch, **offline)
+    says = ["--model google-bert/bert-base-uncased", "find them in the cached files.", "prepare.sh"]
+    refused(says=says, patch=patch, **offline)
+    # A missing file is told first, as the model may take minutes to fetch.
+    words = ("--train-file", tmp_path / "nowhere.json")
+    refused(*words, says=["nowhere.json", "No such file"], patch=patch, **offline)
     patch = "import datasets\nload_tokenizer_was = load_tokenizer\n"
     patch += f"import datasets.config as d\nd.HF_HUB_OFFLINE = True\nd.HF_DATASETS_CACHE = {str(tmp_path)!r}\n"
     patch += f"import huggingface_hub.constants as c\nc.HF_HUB_OFFLINE, c.HF_HUB_CACHE = True, {str(tmp_path)!r}\n"

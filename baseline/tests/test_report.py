@@ -671,6 +671,13 @@ def test_figures_derived(module):
     assert [set(one) for one in timings["intervals"]] == [names] * 3
 
 
+@pytest.mark.parametrize("lives", [[], [26]])
+def test_a_resumed_run_says_which_seconds_are_of_its_last_start(module, tmp_path, lives):
+    folder = make_run(tmp_path / "run", results={"resumed_from_steps": lives})
+    run = module.load_run(folder, json.loads((folder / "results.json").read_text()))
+    assert ("(all of the last start)" in module.block(run)) == bool(lives)
+
+
 def test_utilization_of_gpus(module):
     """Two ranks: each computed half of it, and each device has its own peak."""
 
@@ -908,7 +915,7 @@ def test_what_did_not_finish_is_named_and_left_out(tmp_path):
     (tmp_path / "ladder/2-bf16/.lock").touch()
     told.clear()
     assert "1-fp32" in report(tmp_path / "ladder", told=told)
-    assert told == [f"report.py: {tmp_path}/ladder/2-bf16: not finished, left out"]
+    assert told == [f"report.py: {tmp_path}/ladder/2-bf16: no finished run, left out"]
     text = report(tmp_path / "died", tmp_path / "under-way", code=2)
     assert "none of these is a finished run" in text
 
