@@ -512,13 +512,10 @@ def speed_up_table(runs):
     for run in runs:
         if run is not first:
             row = {"run": run["name"], f"speed-up over {first['name']}": speed_up(run, first)}
-            row |= {
-                "what changed": ", ".join(differences(run, first)[1])
-                or "nothing that changes speed"
-            }
-            rows.append(
-                row | {"F1": shown(run, "F1"), f"F1 of {first['name']}": shown(first, "F1")}
-            )
+            changed = ", ".join(differences(run, first)[1])
+            row |= {"what changed": changed or "nothing that changes speed"}
+            row |= {"F1": shown(run, "F1"), f"F1 of {first['name']}": shown(first, "F1")}
+            rows.append(row)
     return table(conditions(runs, "By real tokens/s in the steady state."), rows)
 
 
@@ -853,12 +850,15 @@ def report(runs):
     parts = ["# Report", "## Environment", environment_table(runs)]
     for title in ("times", "throughput", "answers"):
         parts += [f"## {title.capitalize()}", TABLES[title](runs)]
-    kinds = {"ladder": r"\d+-", "scaling": r"(strong|growing)-\d+x\d+-", "": ""}  # by the folder
-    kind = {
-        id(run): next(k for k in kinds if re.match(kinds[k], run["folder"].name)) for run in runs
-    }
-    groups = {name: [run for run in runs if kind[id(run)] == name] for name in kinds}
-    others = groups.pop("")
+    ladder, scaling = r"\d+-", r"(strong|growing)-\d+x\d+"
+
+    def named(pattern):
+        return [run for run in runs if re.match(pattern, run["folder"].name)]
+
+    groups, others = (
+        {"ladder": named(ladder), "scaling": named(scaling)},
+        named(f"(?!{ladder}|{scaling})"),
+    )
     trained = [run for run in others if argument(run, "strategy")]
     groups["strategies"] = (
         trained if len({argument(run, "strategy") for run in trained}) > 1 else []
@@ -893,23 +893,24 @@ THROTTLES += ["software thermal", "hardware thermal", "power brake", "display cl
 def gpus():
     """The state of each GPU that this node's ranks use."""
     fields = ["name", "driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem"]
+    fields += ["temperature.gpu", "clocks_throttle_reasons.active"]
 
-    def query(*fields):  # apart, as nvidia-smi answers nothing where it lacks one
+    def query(*fields):
         told = told_by("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
         return [row.split(", ") for row in told.splitlines()]
 
-    rows = query("index", "uuid", *fields, "temperature.gpu")
-    reasons = dict(query("uuid", "clocks_throttle_reasons.active"))
+    ids = ("index", "uuid")  # it answers nothing where it lacks one field: then without the last
+    rows = query(*ids, *fields) or query(*ids, *fields[:-1])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:  # by index, or by the UUID's beginning
         asked = [one for one in visible.split(",") if one]
         rows = [r for one in asked for r in rows if one == r[0] or r[1].startswith(one)]
-    count, found = int(os.environ.get("GPUS_USED") or os.environ.get("LOCAL_WORLD_SIZE") or 1), []
-    for _, uuid, *values in rows[:count]:
-        bits = re.fullmatch("0x([0-9a-fA-F]+)", reasons.get(uuid, ""))
+    count = int(os.environ.get("GPUS_USED") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    found = [dict(zip(fields, row[2:])) for row in rows[:count]]
+    for gpu in found:
+        bits = re.fullmatch("0x([0-9a-fA-F]+)", gpu.pop(fields[-1], ""))
         names = [n for i, n in enumerate(THROTTLES) if bits and int(bits[1], 16) >> i & 1]
-        told = (" and ".join(names) or "nothing") if bits else "not known"
-        found.append(dict(zip([*fields, "temperature.gpu"], values)) | {"throttled by": told})
+        gpu["throttled by"] = (" and ".join(names) or "nothing") if bits else "not known"
     return found
 
 
@@ -925,6 +926,7 @@ def machine():
     told = told_by("scontrol", "show", "node", node) if node else ""
     cpus = re.search(r"CPUAlloc=(\d+)", told)
     found = {"commit": told_by("git", "rev-parse", "HEAD") or None}
+    # New files change no run: SLURM's logs, a report.md.
     found["dirty"] = bool(told_by("git", "status", "--porcelain", "-uno", "--", ".."))
     found["date"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     found["hosts"] = hosts or [socket.gethostname()]

@@ -257,7 +257,7 @@ def build_features(data, tokenizer, max_length, stride, path):
 
 def prepare_features(path, split, tokenizer, args):
     """Returns the features of a file, or of the hub's split: from the cache, or built and kept."""
-    tokenizer.backend_tokenizer.no_truncation()  # what tokenizer.json may have left on
+    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json's; build_features takes all
     tokenizer.backend_tokenizer.no_padding()
     source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB + split
     what = [1, source, tokenizer.backend_tokenizer.to_str(), args.limit, args.max_length]
@@ -783,7 +783,7 @@ def run(args):
     what = f"{'the sample' if args.sample else args.model}, {args.precision} on {args.device_type}"
     log(f"{HERE.name}: {what}, {args.batching}, to {output}")
     _lock = open_output(output) if not args.prepare else None  # held to the end
-    _ = [open(path).close() for path in (args.train_file, args.validation_file) if path]
+    _ = [os.stat(path) for path in (args.train_file, args.validation_file) if path]  # or told late
     tokenizer, config = load_tokenizer(args)
     begin = time.perf_counter()
     features = prepare_features(args.train_file, "train", tokenizer, args)

@@ -572,12 +572,12 @@ def test_environment():
 
 def test_environment_of_gpus(module, tmp_path, monkeypatch):
     """Of the node's three GPUs the two that the job may use, in its order."""
-    rows = "\n".join(
+    rows = [
         f"{n}, GPU-{n}a, {A100}, 535.1, 250.00 W, 1410 MHz, 1410 MHz, 1215 MHz, 60" for n in "012"
-    )
-    bits = "\n".join(f"GPU-{n}a, 0x000000000000000{4 * n}" for n in (0, 1, 2))
-    told = f"case $1 in *throttle*) echo '{bits}' ;; *) echo '{rows}' ;; esac"
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{told}")
+    ]
+    all_of_it = "\n".join(f"{row}, 0x000000000000000{4 * n}" for n, row in enumerate(rows))
+    rows = "\n".join(rows)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{all_of_it}'")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
