@@ -2,868 +2,1847 @@
 
     sbatch baseline/run.sbatch [options]          on a cluster: one A100
     sbatch DISTRIBUTED/run_2x2.sbatch [options]   two nodes with two A100 each
-    bash baseline/run.sbatch --sample             on a laptop: the whole path in a minute
+    bash baseline/run.sbatch --sample             on a laptop: everything, in about a minute
+    python train.py --model FOLDER --train-file JSON --validation-file JSON    this file alone
 
-It leaves in --output: results.json, timings.json, predictions.json, model/ and tensorboard/; under
-way also checkpoint.pt, from which the same command goes on. Read it as data flows, from 1 to 11.
+It leaves in --output: results.json, timings.json, predictions.json, model/ and tensorboard/. Until
+it has finished there is checkpoint.pt too, from which the same command goes on. The sections below
+follow the data: from the questions to features, batches, the model, the training and the results.
 """
 
-import argparse, collections, contextlib, difflib, fcntl, functools, hashlib, itertools, json, math
-import os, resource, shutil, signal, subprocess, sys, sysconfig, time, zlib
+import argparse
+import collections
+import contextlib
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib import metadata
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a word of warning at each fork
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # without it, a warning at each fork
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's own messages out of the log
+
 import numpy as np
-import safetensors.numpy
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.distributed.checkpoint import state_dict as checkpointing
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-STARTED, HERE = time.perf_counter(), Path(__file__).resolve().parent
-SAMPLE, REPORT = HERE.parent / "baseline/sample.json", HERE.parent / "baseline/report.py"
-CACHE = Path(os.environ.get("SQUAD_CACHE") or HERE.parent / ".cache")
-HUB = "rajpurkar/squad"
-MODEL_TYPES = ("bert", "electra", "distilbert")  # WordPiece, [CLS] question [SEP] context [SEP]
-SAVE_SECONDS, CPU_HOURS = 300, 2  # more hours than this on a CPU are taken for a mistake
-EVALUATION_TOKENS, N_BEST, MAX_ANSWER_TOKENS = 8192, 20, 30  # a batch; the usual decoding's
-STOP = []  # the signals that asked this run to stop
-PHASES = ("data", "forward", "backward", "optimizer")
-log = functools.partial(print, flush=True)
-progress = functools.partial(tqdm, file=sys.stdout, leave=False, delay=2, miniters=1)
-if not sys.stdout.isatty():  # a SLURM log: a line every 10 s, no bar
-    progress.keywords.update(mininterval=10, bar_format="  {desc}: {percentage:.0f} %\n")
+STARTED = time.perf_counter()
+HERE = Path(__file__).resolve().parent
+SAMPLE = HERE.parent / "baseline/sample"
+CACHE = Path(os.environ.get("SQUAD_CACHE") or HERE / ".cache")
+HUB_MODEL = "google-bert/bert-base-uncased"
+HUB_DATA = "rajpurkar/squad"
+
+# The BERT paper's scores (Devlin et al. 2019): BERT-Base on SQuAD v1.1's validation questions.
+PAPER = {"exact_match": 80.8, "f1": 88.5}
+# The usual decoding's limits (transformers' question-answering examples).
+N_BEST = 20
+MAX_ANSWER_TOKENS = 30
+EVALUATION_BATCH_TOKENS = 16384
+SAVE_SECONDS = 300
+FEATURES_VERSION = (
+    2  # to be raised when build_features changes: the kept features are then made anew
+)
+# A training that would take a CPU more hours than this is taken for a mistake.
+CPU_HOURS = 2
+# A step of warm-up for the profiler itself, then two that it records.
+PROFILER_STEPS = 3
+STOPPED = 75  # the exit code of a training that was asked to stop, and can go on
+STOP_SIGNALS = []  # the names of the signals that have asked this process to stop
 
 
 class Problem(Exception):
-    """What the user can mend, in one line; a second argument is the exit code, if it is not 2."""
+    """Something that the user can fix, said in one line. exit_code: 2 for arguments or input."""
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-def require(truth, message, *code):
-    if not truth:
-        raise Problem(message, *code)
+# 1. Arguments
 
 
-# 1. Arguments: the option, its type or choices, default, least value, and what --help says
-ON_OFF = argparse.BooleanOptionalAction
-OPTIONS = [
-    "model and data",
-    ("--model", str, "google-bert/bert-base-uncased", None, "hub name or folder"),
-    ("--train-file", str, None, None, f"SQuAD v1.1 JSON (default: the hub's {HUB})"),
-    ("--validation-file", str, None, None, "likewise"),
-    ("--sample", "store_true", False, None, "small data and model: a minute on a laptop"),
-    ("--limit", int, None, 1, "the first N questions of each file (default: all)"),
-    ("--max-length", int, 384, 8, "tokens a window"),
-    ("--stride", int, 128, 0, "tokens that two windows share"),
-    "training",
-    ("--epochs", int, None, 0, "0 only evaluates (default: 3; sample: 20)"),
-    ("--max-steps", int, None, 1, "optimiser steps at most (default: all)"),
-    ("--batch-size", int, None, 1, "features a step, over all ranks (default: 32; sample: 16)"),
-    ("--accumulate", int, 1, 1, "micro-steps an optimiser step"),
-    ("--learning-rate", float, None, 0, "its peak (default: 5e-5; sample: 1e-3)"),
-    ("--warmup", float, 0.1, 0, "share of the steps; then linear to zero"),
-    ("--weight-decay", float, 0.01, 0, "on matrices only"),
-    ("--dropout", float, None, 0, "probability (default: the model's; sample: 0)"),
-    ("--seed", int, 42, 0, "one seed, one training"),
-    "speed",
-    ("--device", ("auto", "cuda", "cpu"), "auto", None, ""),
-    ("--batching", ("padded", "dynamic", "bucketed", "packed"), "packed", None, ""),
-    ("--precision", ("fp32", "tf32", "bf16"), None, None, "(default: bf16 on CUDA, else fp32)"),
-    ("--compile", ON_OFF, None, None, "each layer (default: on CUDA)"),
-    ("--fused", ON_OFF, True, None, "AdamW in one kernel (default: on)"),
-    "what a run leaves",
-    ("--output", str, None, None, f"folder (default: runs/{HERE.name}-JOBID or -DATE-TIME)"),
-    ("--log-every", int, 10, 1, "steps"),
-    ("--save-every", int, None, 1, "steps (default: every 5 minutes)"),
-    ("--profile", ON_OFF, True, None, "trace two steps (default: on)"),
-    ("--prepare", "store_true", False, None, "only fetch model and data, build the features"),
-]
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that answers a bad argument in one line instead of printing its usage too."""
+
+    def error(self, message):
+        raise Problem(f"{message} (--help lists the options)")
+
+
+def number(kind, least, most=2**31):
+    """Returns an argparse type: a number of this kind, int or float, from least to most."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:  # NaN is in no range
+            raise argparse.ArgumentTypeError(f"{text}: give a number from {least} to {most}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
+
+
+def make_parser():
+    """Returns the parser. An option whose default depends on others has None until it is known."""
+    count = number(int, 1)
+    whole = number(int, 0)
+    fraction = number(float, 0, 0.999)
+    on_or_off = argparse.BooleanOptionalAction
+    batchings = ["padded", "dynamic", "bucketed", "packed"]
+    summary = __doc__.split("\n")[0]
+    parser = ArgumentParser(prog=f"{HERE.name}/train.py", description=summary, allow_abbrev=False)
+
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", default=HUB_MODEL, help="hub name or folder (default: %(default)s)")
+    add("--train-file", help=f"SQuAD v1.1 JSON (default: the hub's {HUB_DATA})")
+    add("--validation-file", help="likewise")
+    add("--sample", action="store_true", help="baseline/sample: small data and a small model")
+    add("--limit", type=count, help="the first N questions of each file (default: all)")
+    add("--max-length", type=number(int, 8), default=384, help="tokens per window (default: 384)")
+    add("--stride", type=whole, default=128, help="tokens that windows share (default: 128)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=whole, help="0 only evaluates (default: 3; sample: 20)")
+    add("--max-steps", type=count, help="optimiser steps at most (default: all)")
+    add("--evaluate-every", choices=["epoch", "end"], help="(default: epoch; of a part: end)")
+    add("--batch-size", type=count, help="features per step (default: 32; sample: 16)")
+    add("--accumulate", type=count, default=1, help="micro-batches per step (default: 1)")
+    add("--learning-rate", type=fraction, help="its peak (default: 5e-5; sample: 1e-3)")
+    add("--warmup", type=fraction, default=0.1, help="share of the steps (default: 0.1)")
+    add("--weight-decay", type=fraction, default=0.01, help="of matrices (default: 0.01)")
+    add("--dropout", type=fraction, help="probability (default: the model's; sample: 0)")
+    add("--seed", type=whole, default=42, help="one seed, one training (default: 42)")
+
+    add = parser.add_argument_group("speed").add_argument
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto", help="(default: auto)")
+    add("--batching", choices=batchings, default="packed", help="(default: packed)")
+    add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16; on a CPU fp32)")
+    add("--compile", action=on_or_off, help="each layer (default: on a GPU)")
+    add("--fused", action=on_or_off, default=True, help="AdamW in one kernel (default: on)")
+
+    add = parser.add_argument_group("what a run leaves").add_argument
+    add("--output", help=f"folder (default: runs/{HERE.name}-JOBID or -DATE-TIME)")
+    add("--log-every", type=count, default=10, help="steps (default: 10)")
+    add("--save-every", type=count, help="steps (default: every 5 minutes)")
+    add("--profile", action=on_or_off, default=True, help="trace two steps (default: on)")
+    add("--prepare", action="store_true", help="only fetch model and data, build the features")
+    return parser
+
+
+SAMPLE_DEFAULTS = {"epochs": 20, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0}
+USUAL_DEFAULTS = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-5}
 
 
 def parse_arguments(argv=None):
-    """Returns the arguments with every default filled in; raises Problem on what cannot be."""
-    how = {"prog": f"{HERE.name}/train.py", "allow_abbrev": False, "exit_on_error": False}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **how)
-    for row in OPTIONS:
-        if isinstance(row, str):
-            group = parser.add_argument_group(row)
-            continue
-        option, kind, default, _, text = row
-        how = {"choices": kind} if isinstance(kind, tuple) else {"action": kind}
-        how = {"type": kind} if kind in (str, int, float) else how
-        text += f" (default: {default})" if default and kind is not ON_OFF else ""
-        group.add_argument(option, default=default, help=text, **how)
-    args, unknown = parser.parse_known_args(argv)
-    known = {row[0]: row for row in OPTIONS if not isinstance(row, str)}
-    near = difflib.get_close_matches("".join(unknown[:1]).split("=")[0], known, 1)
-    mend = f"did you mean {near[0]}?" if near else "--help lists the options"
-    require(not unknown, f"unknown option {''.join(unknown[:1])}: {mend}")
-    usual = {"epochs": (3, 20), "batch_size": (32, 16), "learning_rate": (5e-5, 1e-3)}
-    vars(args).update({n: d[args.sample] for n, d in usual.items() if getattr(args, n) is None})
-    for option, kind, _, least, _ in known.values():
-        value, most = getattr(args, option[2:].replace("-", "_")), 2**31 if kind is int else 0.999
-        fits = least is None or value is None or least <= value <= most  # NaN does not
-        require(fits, f"{option} {value}: give a number from {least} to {most}")
+    """Returns the arguments with every default filled in; raises Problem where they do not fit."""
+    args = make_parser().parse_args(argv)
     if args.sample:
-        own = args.train_file or args.validation_file or args.model != known["--model"][2]
-        require(not own, "--sample brings its own: leave out --model and the data's files")
-        args.train_file = args.validation_file = str(SAMPLE)
-        args.dropout = args.dropout or 0.0
-    require(args.stride < args.max_length - 3, "--stride: give less than --max-length - 3")
+        use_sample(args)
+    for name, value in (SAMPLE_DEFAULTS if args.sample else USUAL_DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
     cuda = torch.cuda.is_available() and args.device != "cpu"
-    require(cuda or args.device != "cuda", "--device cuda: torch sees no GPU on this node")
-    require(cuda or args.precision != "tf32", "--precision tf32: this is no NVIDIA GPU: give fp32")
-    require(args.batch_size >= args.accumulate, "--batch-size is under --accumulate: raise it")
+    if args.device == "cuda" and not cuda:
+        raise Problem("--device cuda: torch sees no GPU on this node")
+    if args.precision == "tf32" and not cuda:
+        raise Problem("--precision tf32: this is no NVIDIA GPU: give fp32")
+    if args.stride >= args.max_length - 3:
+        raise Problem("--stride: give less than --max-length - 3")
+    if args.batch_size < args.accumulate:
+        raise Problem("--batch-size is smaller than --accumulate: raise it")
+
     args.device_type = "cuda" if cuda else "cpu"
     args.precision = args.precision or ("bf16" if cuda else "fp32")
-    args.compile = cuda if args.compile is None else args.compile
-    run = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
-    args.output = args.output or f"runs/{HERE.name}-{run}"
-    require(args.output.isprintable(), "--output: give a name of characters that can be printed")
+    args.attention = "sdpa"  # transformers' own
+    if args.batching == "packed":
+        args.attention = "packed_jagged" if cuda else "packed_loop"
+    if args.compile and args.attention == "packed_loop":
+        raise Problem("--compile: packed batches compile on a GPU only: give --batching bucketed")
+    if args.compile is None:
+        args.compile = cuda
+    if args.evaluate_every is None:
+        args.evaluate_every = "end" if args.sample or args.limit else "epoch"
+
+    if args.output is None and not args.prepare:
+        run_name = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+        args.output = f"runs/{HERE.name}-{run_name}"
+    if args.output and not args.output.isprintable():
+        raise Problem("--output: give a name of characters that can be printed")
     return args
 
 
-# 2. Set-up
-def write_whole(path, write):
-    """Calls write(file) under another name, flushes, renames: the file is there whole or not."""
-    temporary = path.with_name(f"{path.name}.tmp")
+def use_sample(args):
+    """Points the arguments to the sample's folder, which has questions, config and vocabulary."""
+    if args.train_file or args.validation_file or args.model != HUB_MODEL:
+        raise Problem("--sample brings its own: leave out --model and the data's files")
+    if not SAMPLE.is_dir():
+        raise Problem(f"--sample needs {SAMPLE}: give --model, --train-file and --validation-file")
+    args.model = str(SAMPLE)
+    args.train_file = args.validation_file = str(SAMPLE / "questions.json")
+
+
+# 2. What a run says and writes
+
+
+def log(text, file=sys.stdout):
+    """Prints at once: SLURM's log is read while the job runs."""
+    print(text, file=file, flush=True)
+
+
+def progress(items, description):
+    """Shows how far a loop is: a bar on a terminal, a line every ten seconds in SLURM's log."""
+    if sys.stdout.isatty():
+        return tqdm(items, description, file=sys.stdout, leave=False, delay=2)
+    line = "  {desc}: {percentage:.0f} %\n"
+    return tqdm(
+        items, description, file=sys.stdout, leave=False, delay=2, mininterval=10, bar_format=line
+    )
+
+
+def write_atomically(path, write, suffix=".tmp"):
+    """Calls write(file) for a temporary file and renames it: path is all there, or as before.
+
+    Raises Problem where there is no room or no permission."""
+    temporary = path.with_name(path.name + suffix)
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save makes RuntimeErrors of the file's errors
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise Problem(f"cannot write {path} ({error}): free space there, or choose another place")
+        raise Problem(f"cannot write {path} ({error}): free some space, or choose another place")
 
 
-# 3. Data to features
-def read_squad(path, limit):
-    """Reads a SQuAD v1.1 file into lists: contexts; and a question's id, text, paragraph, answers.
-    answers are [start, text] pairs. Raises Problem naming the file, the field and the mend."""
+def write_json(path, content):
+    """Writes content as indented JSON, atomically; NaN is no JSON and raises ValueError."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+# 3. Questions: a file, or the hub's data set, to a list of examples
+
+# SQuAD v1.1's shape: a dict has these fields, a list any number of such items.
+SQUAD_SHAPE = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": str,
+                    "qas": [
+                        {
+                            "id": str,
+                            "question": str,
+                            "answers": [{"text": str, "answer_start": int}],
+                        }
+                    ],
+                }
+            ]
+        }
+    ]
+}
+SHAPE_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+def check_shape(value, shape, place):
+    """Raises Problem naming the first place where value has another shape than SQUAD_SHAPE's."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind:  # not isinstance, for which True is an int
+        raise Problem(f"{place} is not {SHAPE_NAMES[kind]}: give SQuAD v1.1's shape")
+    if kind is dict:
+        for name, field_shape in shape.items():
+            check_shape(value.get(name), field_shape, f"{place}.{name}")
+    elif kind is list:
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{place}[{index}]")
+    elif kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON's escapes can spell half a character
+            raise Problem(f"{place} holds half a character (a lone surrogate): fix the text")
+
+
+def read_squad(path, limit=None):
+    """Reads the first `limit` questions of a SQuAD v1.1 file, in the form of the datasets library:
+    a list of {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}.
+
+    Raises Problem naming the file, the field and the fix; OSError where it cannot be read."""
     try:
         document = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise Problem(f"{path}: not JSON ({error}): fetch the file again")
-
-    def field(holder, name, kind):
-        value = holder.get(name) if isinstance(holder, dict) else None
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-        wanted = {str: "a text", list: "a list", int: "a whole number"}[kind]
-        require(fits, f"{path}: {where}{name} is not {wanted}: give SQuAD v1.1's shape")
-        whole = kind is not str or value.encode("utf-8", "ignore").decode() == value
-        require(whole, f"{path}: {where}{name} holds a lone surrogate: mend the text")
-        return value
-
-    data = {name: [] for name in ("contexts", "ids", "questions", "paragraph", "answers")}
-    where, seen = "", set()
-    for i, article in enumerate(field(document, "data", list)):
-        where = f"data[{i}]."
-        for j, paragraph in enumerate(field(article, "paragraphs", list)):
-            where = place = f"data[{i}].paragraphs[{j}]."
-            context, entries = field(paragraph, "context", str), field(paragraph, "qas", list)
-            require(context.strip(), f"{path}: {where}context is empty: take it out")
-            data["contexts"].append(context)
-            for k, entry in enumerate(entries):
-                where = question = f"{place}qas[{k}]."
-                name, answers = field(entry, "id", str), field(entry, "answers", list)
-                data["questions"].append(field(entry, "question", str))
-                require(name not in seen, f"{path}: {where}id {name[:60]!r} is there twice")
-                fits = answers and not entry.get("is_impossible")
-                require(fits, f"{path}: {where}answers has none: this is SQuAD v2, take v1.1")
-                for m, answer in enumerate(answers):
-                    where = f"{question}answers[{m}]."
-                    text, start = field(answer, "text", str), field(answer, "answer_start", int)
-                    fits = text and 0 <= start == context.find(text, start, start + len(text))
-                    require(fits, f"{path}: {where}answer_start does not lead to its text: mend it")
-                seen.add(name)
-                data["ids"].append(name)
-                data["paragraph"].append(len(data["contexts"]) - 1)
-                data["answers"].append([[a["answer_start"], a["text"]] for a in answers])
-                if len(seen) == limit:
-                    return data
-    require(seen, f"{path}: data holds no question: give a file with paragraphs and qas")
-    return data
+    if not isinstance(document, dict):
+        raise Problem(f"{path}: not an object with the field data: give SQuAD v1.1's shape")
+    check_shape(document.get("data"), SQUAD_SHAPE["data"], f"{path}: data")
+    examples = {}
+    for i, article in enumerate(document["data"]):
+        for j, paragraph in enumerate(article["paragraphs"]):
+            place = f"{path}: data[{i}].paragraphs[{j}]"
+            if not paragraph["context"].strip():
+                raise Problem(f"{place}.context is empty: remove the paragraph")
+            for k, question in enumerate(paragraph["qas"]):
+                example = make_example(question, paragraph["context"], f"{place}.qas[{k}]")
+                if example["id"] in examples:
+                    raise Problem(f"{place}.qas[{k}].id {example['id'][:60]!r} is there twice")
+                examples[example["id"]] = example
+    if not examples:
+        raise Problem(f"{path}: data holds no question: give a file with paragraphs and qas")
+    return list(examples.values())[:limit]
 
 
-def read_hub(split, limit):
-    """Reads the hub's SQuAD from its cache, or fetches it; in read_squad's shape."""
+def make_example(question, context, place):
+    """Returns a question of a SQuAD file as the datasets library has it, its answers checked."""
+    if not question["answers"] or question.get("is_impossible"):
+        raise Problem(f"{place}.answers has none: this is SQuAD v2, take v1.1")
+    for m, answer in enumerate(question["answers"]):
+        start = answer["answer_start"]
+        found = context[start : start + len(answer["text"])] if start >= 0 else ""
+        if not found or found != answer["text"]:
+            raise Problem(f"{place}.answers[{m}].answer_start does not lead to its text: fix it")
+    return {
+        "id": question["id"],
+        "question": question["question"],
+        "context": context,
+        "answers": {
+            "text": [answer["text"] for answer in question["answers"]],
+            "answer_start": [answer["answer_start"] for answer in question["answers"]],
+        },
+    }
+
+
+def read_hub(split, limit=None):
+    """Reads the hub's SQuAD from the datasets library's cache, or fetches it; as read_squad."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        rows = datasets.load_dataset(HUB, split=split)[:limit]
-    except Exception as error:  # its errors have no common class
-        mend = "run bash baseline/prepare.sh where there is internet, or give --train-file"
-        raise Problem(f"{HUB} is not in the cache ({type(error).__name__}): {mend}")
-    contexts = list(dict.fromkeys(rows["context"]))
-    numbers = {context: number for number, context in enumerate(contexts)}
-    answers = [list(zip(a["answer_start"], a["text"])) for a in rows["answers"]]
-    data = {"contexts": contexts, "paragraph": [numbers[c] for c in rows["context"]]}
-    return data | {"ids": rows["id"], "questions": rows["question"], "answers": answers}
+        dataset = datasets.load_dataset(HUB_DATA, split=split)
+    except Exception as error:  # the library's errors have no common class
+        what = f"{HUB_DATA} is not in the cache ({type(error).__name__})"
+        fix = "run bash baseline/prepare.sh where there is internet"
+        raise Problem(f"{what}: {fix}, or give --train-file and --validation-file")
+    return dataset.select(range(min(limit or len(dataset), len(dataset)))).to_list()
 
 
-def encode(encode_batch, texts, what):
-    """Yields each text's tokenizers.Encoding, by encode_batch or the _fast one, without offsets."""
-    for begin in progress(range(0, len(texts), 1024), f"tokenising {what}"):
-        yield from encode_batch(texts[begin : begin + 1024], add_special_tokens=False)
+# 4. Features: windows of tokens, as the tokenizer's usual call cuts them
 
 
-def build_features(data, tokenizer, max_length, stride, path):
-    """Cuts each question's paragraph into windows [CLS] question [SEP] context [SEP].
-    Equal to the usual tokenizer(question, context, truncation="only_second", max_length, stride,
-    return_overflowing_tokens=True), but each paragraph is tokenised once, not once a question.
-    Returns arrays; window w is tokens[begin[w] : begin[w + 1]], its context from place first[w]."""
-    backend, contexts = tokenizer.backend_tokenizer, []
-    for each in encode(backend.encode_batch, data["contexts"], "paragraphs"):
-        offsets = np.fromiter(itertools.chain(*each.offsets), np.int32).reshape(-1, 2)  # characters
-        contexts.append((np.array(each.ids, np.int32), offsets))
-    cls, sep = (np.array([i], np.int32) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    pieces, windows = [], []
-    for i, each in enumerate(encode(backend.encode_batch_fast, data["questions"], "questions")):
-        question, (ids, offsets) = np.array(each.ids, np.int32), contexts[data["paragraph"][i]]
-        room = max_length - len(question) - 3
-        fits = len(ids) and (room > stride or room >= len(ids))
-        what = f"question {data['ids'][i][:60]!r} ({len(question)} tokens, context {len(ids)})"
-        require(fits, f"{path}: {what} does not fit: raise --max-length or lower --stride")
-        answer_start, answer = data["answers"][i][0]
-        answer_end = answer_start + len(answer)
-        starts, ends, first = offsets[:, 0], offsets[:, 1], len(question) + 2
-        for begin in range(0, len(ids), max(room - stride, 1)):
-            end = min(begin + room, len(ids))
-            start_place = end_place = 0  # [CLS], where the answer is not in this window
-            if starts[begin] <= answer_start and ends[end - 1] >= answer_end:
-                start_place = first - 1 + starts[begin:end].searchsorted(answer_start, "right")
-                end_place = first + ends[begin:end].searchsorted(answer_end)
-            pieces += [cls, question, sep, ids[begin:end], sep]
-            windows.append((i, first, begin, end - begin, start_place, end_place))
-            if end == len(ids):
-                break
-    columns = ("question", "first", "context_begin", "context_tokens", "start", "end")
-    features = dict(zip(columns, np.array(windows, np.int32).T.copy()))
-    lengths = features["first"] + features["context_tokens"] + 1
-    features["tokens"] = np.concatenate(pieces)
-    features["begin"] = np.append(0, np.cumsum(lengths, dtype=np.int64))
-    features["offsets"] = np.concatenate([offsets for _, offsets in contexts])
-    features["offsets_begin"] = np.cumsum([0] + [len(ids) for ids, _ in contexts])
-    features["paragraph"] = np.array(data["paragraph"], np.int32)
-    texts = json.dumps({name: data[name] for name in ("contexts", "ids", "answers")})
-    return features | {"texts": np.frombuffer(texts.encode(), np.uint8)}
+def build_features(examples, tokenizer, args, source):
+    """Tokenises each question with its context, cut into windows of at most --max-length tokens.
+
+    Returns arrays; the windows' tokens lie end to end:
+      input_ids, token_types [tokens]; offsets [tokens, 2]: their characters in the context;
+      begin [windows + 1]: where each window's tokens begin;
+      example [windows]: whose window it is;
+      context_first, context_end [windows]: where within it the context's tokens begin and end;
+      start, end [windows]: the answer's first and last token within it, or 0, 0 (the classification
+      token) where it does not hold the whole answer.
+    Raises Problem, with source, the file's name, where a question leaves no room for a context."""
+    columns = collections.defaultdict(list)
+    for first in progress(range(0, len(examples), 1000), f"tokenising {source}"):
+        batch = examples[first : first + 1000]
+        check_questions_fit(batch, tokenizer, args, source)
+        encoding = tokenizer(
+            [example["question"].lstrip() for example in batch],
+            [example["context"] for example in batch],
+            truncation="only_second",
+            max_length=args.max_length,
+            stride=args.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        for window, index in enumerate(encoding["overflow_to_sample_mapping"]):
+            input_ids = encoding["input_ids"][window]
+            offsets = np.array(encoding["offset_mapping"][window], np.int32)
+            sequence_ids = encoding.sequence_ids(window)  # 0: question, 1: context, None: special
+            if 1 not in sequence_ids:
+                raise Problem(f"{source}: question {batch[index]['id']!r}: its context has no word")
+            context_first = sequence_ids.index(1)
+            context_end = len(sequence_ids) - sequence_ids[::-1].index(1)
+            start, end = find_answer(batch[index], offsets[context_first:context_end])
+            columns["input_ids"].append(np.array(input_ids, np.int32))
+            if "token_type_ids" in encoding:
+                columns["token_types"].append(np.array(encoding["token_type_ids"][window], np.int8))
+            columns["offsets"].append(offsets)
+            columns["example"].append(first + index)
+            columns["context_first"].append(context_first)
+            columns["context_end"].append(context_end)
+            columns["start"].append(0 if start is None else context_first + start)
+            columns["end"].append(0 if end is None else context_first + end)
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    features = {"begin": np.concatenate([[0], np.cumsum(lengths)])}
+    for name, column in columns.items():
+        per_token = name in ("input_ids", "token_types", "offsets")
+        features[name] = np.concatenate(column) if per_token else np.array(column, np.int32)
+    return features
 
 
-def prepare_features(path, split, tokenizer, args):
-    """Returns the features of a file, or of the hub's split: from the cache, or built and kept."""
-    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json's; build_features takes all
-    tokenizer.backend_tokenizer.no_padding()
-    source = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else HUB + split
-    what = [1, source, tokenizer.backend_tokenizer.to_str(), args.limit, args.max_length]
-    key = hashlib.sha256(json.dumps([*what, args.stride]).encode()).hexdigest()[:16]
-    file = CACHE / f"features-{key}.safetensors"
-    with contextlib.ExitStack() as stack:  # of several jobs that start at once, one builds
-        with contextlib.suppress(OSError):  # a read-only cache, a file system without locks
-            CACHE.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(f"{file}.lock", "a")), fcntl.LOCK_EX)
+def check_questions_fit(examples, tokenizer, args, source):
+    """Raises Problem where a window has no room for context beside the question and the overlap."""
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    questions = tokenizer(
+        [example["question"].lstrip() for example in examples], add_special_tokens=False
+    )
+    for example, question in zip(examples, questions["input_ids"]):
+        room = args.max_length - special - len(question)
+        if room > args.stride and not example["context"].isspace():
+            continue
+        context = tokenizer(example["context"], add_special_tokens=False)["input_ids"]
+        if not 0 < len(context) <= room:
+            what = (
+                f"question {example['id'][:60]!r} ({len(question)} tokens, context {len(context)})"
+            )
+            raise Problem(f"{source}: {what} does not fit: raise --max-length or lower --stride")
+
+
+def find_answer(example, offsets):
+    """Returns which of these tokens of the context are the first answer's first and last.
+
+    offsets [tokens, 2]: each token's characters. Returns None, None where it is not all there."""
+    answer_start = example["answers"]["answer_start"][0]
+    answer_end = answer_start + len(example["answers"]["text"][0])
+    if offsets[0, 0] > answer_start or offsets[-1, 1] < answer_end:
+        return None, None
+    first = offsets[:, 0].searchsorted(answer_start, side="right") - 1
+    last = offsets[:, 1].searchsorted(answer_end, side="left")
+    return first, last
+
+
+def load_features(path, split, tokenizer, args):
+    """Returns the features of a file, or of the hub's split: from the cache, or built and kept.
+
+    Besides build_features' arrays: lengths [windows]; examples, of the validation questions alone,
+    for the answers; content, a hash of the file; cached, whether the cache had them; seconds, the
+    time that this took."""
+    begin = time.perf_counter()
+    source = path or f"{HUB_DATA} {split}"
+    content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else source
+    forget_last_call(tokenizer)
+    tokenizer_content = tokenizer.backend_tokenizer.to_str()
+    recipe = [
+        FEATURES_VERSION,
+        split,
+        content,
+        tokenizer_content,
+        args.limit,
+        args.max_length,
+        args.stride,
+    ]
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    file = CACHE / f"features-{key}.npz"
+    features = read_features(file)
+    cached = features is not None
+    if not cached:
+        log(f"building the features of {source}, once; they are kept in {file}")
+        examples = read_squad(path, args.limit) if path else read_hub(split, args.limit)
+        features = build_features(examples, tokenizer, args, source)
+        forget_last_call(tokenizer)
+        if split == "validation":
+            features["examples"] = np.frombuffer(json.dumps(examples).encode(), np.uint8)
+        else:
+            del features["offsets"]  # two thirds of the file, and only answers need them
         try:
-            with safetensors.safe_open(file, "pt") as kept:  # memory-mapped
-                features = {name: kept.get_tensor(name).numpy() for name in kept.keys()}
-                sums = {name: zlib.crc32(features[name].data) for name in features}
-                cached = sums == json.loads(kept.metadata()["sums"])
-        except Exception:  # safetensors has errors of its own
-            cached = False
-        if not cached:
-            log(f"{file} is {'damaged' if file.exists() else 'not there yet'}: building it, once")
-            data = read_squad(path, args.limit) if path else read_hub(split, args.limit)
-            features = build_features(data, tokenizer, args.max_length, args.stride, path or HUB)
-            sums = {name: zlib.crc32(features[name].data) for name in features}
-            content = safetensors.numpy.save(features, {"sums": json.dumps(sums)})
-            try:
-                write_whole(file.with_suffix(f".{os.getpid()}"), lambda out: out.write(content))
-                file.with_suffix(f".{os.getpid()}").replace(file)
-            except Problem as problem:
-                log(f"the features are not kept: {problem}")
-    features["texts"] = json.loads(features["texts"].tobytes())
+            CACHE.mkdir(parents=True, exist_ok=True)
+            suffix = f".{os.getpid()}.tmp"  # several jobs may build the same features
+            write_atomically(file, lambda out: np.savez(out, **features), suffix)
+        except (OSError, Problem) as error:
+            log(f"the features are not kept: {error}")
     features["lengths"] = np.diff(features["begin"])
-    return features | {"key": key, "cached": cached, "pad": tokenizer.pad_token_id or 0}
+    features["content"] = content[:16]
+    features["cached"] = cached
+    features["seconds"] = time.perf_counter() - begin
+    return features
 
 
-# 4. Batches
+def forget_last_call(tokenizer):
+    """Undoes what a call leaves set in a tokenizer: it is no part of the features' key, nor of what
+    model/ is to hold."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+
+
+def read_features(file):
+    """Returns the arrays that were kept, or None where there are none, or damaged ones."""
+    try:
+        with np.load(file) as arrays:  # without pickles; a zip checks its sums
+            return dict(arrays)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # zipfile, numpy and the file system each have their own
+        log(f"{file} is damaged ({error}) and is made again")
+        return None
+
+
+# 5. Batches: which features each has, planned for all of the training before it begins
+
+
 def plan_epoch(lengths, args, epoch):
-    """Returns the epoch's batches as feature numbers [steps, batch size]; -1 fills the last one.
-    padded, dynamic: at random; bucketed: alike in length; packed: one of each length class."""
+    """Returns an epoch's batches: features' numbers [steps, batch size]; -1 fills up the last one.
+
+    padded and dynamic draw at random; bucketed puts features of like length into a batch; packed
+    sorts the features into as many length groups as a batch has places and draws one of each group,
+    so that all batches have nearly the same number of tokens."""
     random = np.random.default_rng((args.seed, epoch))
-    order, size = random.permutation(len(lengths)), args.batch_size
-    full, rest = divmod(len(lengths), size)
+    order = random.permutation(len(lengths))
+    steps, left_over = divmod(len(lengths), args.batch_size)
     if args.batching in ("bucketed", "packed"):
         order = order[np.argsort(lengths[order], kind="stable")]
-        # The features left over, for the last batch, are picked evenly over all lengths.
-        picked = ((np.arange(rest) + random.random()) * len(lengths) / max(rest, 1)).astype(int)
-        order, last = np.delete(order, picked), order[picked]
+        # The last, smaller batch takes features evenly spread over all lengths.
+        spread = (np.arange(left_over) + random.random()) * len(lengths) / max(left_over, 1)
+        last = order[spread.astype(int)]
+        order = np.delete(order, spread.astype(int))
         if args.batching == "packed":
-            batches = random.permuted(order.reshape(size, full), axis=1).T  # [batches, classes]
+            groups = order.reshape(args.batch_size, steps)  # [length groups, their features]
+            batches = random.permuted(groups, axis=1).T
         else:
-            batches = random.permutation(order.reshape(full, size))
+            batches = random.permutation(order.reshape(steps, args.batch_size))
         order = np.concatenate([batches.ravel(), last])
-    return np.pad(order, (0, -len(order) % size), constant_values=-1).reshape(-1, size)
+    missing = -len(order) % args.batch_size
+    return np.pad(order, (0, missing), constant_values=-1).reshape(-1, args.batch_size)
 
 
-def share_out(plan, lengths, parts):
-    """Deals each batch into parts of nearly equal tokens [steps, parts, rows], short rows first.
-    The longest are dealt first, to and fro (1 2 3 3 2 1 ...), as captains choose teams."""
-    plan = np.pad(plan, ((0, 0), (0, -plan.shape[1] % parts)), constant_values=-1)
-    order = np.argsort(-np.where(plan < 0, 0, lengths[plan]), axis=1, kind="stable")
-    dealt = np.take_along_axis(plan, order, axis=1).reshape(len(plan), -1, parts)
-    dealt[:, 1::2] = dealt[:, 1::2, ::-1]
-    return dealt.transpose(0, 2, 1)[:, :, ::-1].copy()
+def deal_batches(batches, lengths, parts):
+    """Deals each batch [steps, batch size] into micro-batches of nearly equal tokens.
+
+    The longest features go first, to and fro (1 2 3 3 2 1 1 2 ...), as captains choose teams.
+    Returns [steps, parts, rows], the shortest feature of a micro-batch first."""
+    missing = -batches.shape[1] % parts
+    batches = np.pad(batches, ((0, 0), (0, missing)), constant_values=-1)
+    sizes = np.where(batches < 0, 0, lengths[batches])
+    longest_first = np.argsort(-sizes, axis=1, kind="stable")
+    batches = np.take_along_axis(batches, longest_first, axis=1)
+    rounds = batches.reshape(len(batches), -1, parts)
+    rounds[:, 1::2] = rounds[:, 1::2, ::-1]
+    return rounds.transpose(0, 2, 1)[:, :, ::-1].copy()
 
 
 def plan_training(lengths, args):
-    """Returns the whole run's plan: who is in which micro-batch, its shapes, what a step counts.
-    A row that nobody has (-1) holds one token of no weight. A stratum is (first row, row after the
-    last, width): rows alike in length, padded to that width in attention alone. One shape serves
-    the run, its largest; it fits well, as a packed batch has one feature of each length class."""
+    """Plans every micro-batch of the training. Returns arrays:
+
+      features [steps, micro-batches, rows]: which features are in it, -1: none in this row;
+      width [steps, micro-batches]: the tokens to which its rows are padded; if packed, the longest
+      feature's of the training, which no sequence exceeds;
+      cu_seqlens [steps, micro-batches, sequences + 1]: packed alone, see pack_rows;
+      count, tokens, squares, computed [steps]: the features, their tokens, the sum of their squared
+      lengths, and the tokens that are computed, padding among them;
+    and steps_per_epoch."""
     parts = args.accumulate
-    epochs = [share_out(plan_epoch(lengths, args, e), lengths, parts) for e in range(args.epochs)]
-    shares = np.concatenate(epochs)[: args.max_steps]  # [steps, parts, rows]
-    sizes, rows = np.where(shares < 0, 0, lengths[shares]), shares.shape[2]
-    shapes, longest = {}, np.full(shares.shape[:2], args.max_length)
-    if args.batching in ("dynamic", "bucketed"):
-        multiple = 64 if args.compile else 8  # few shapes, few compilations
-        longest = np.clip(-(-sizes.max(axis=2) // multiple) * multiple, 1, args.max_length)
-    computed = rows * longest.sum(axis=1)
+    epochs = []
+    for epoch in range(args.epochs):
+        batches = plan_epoch(lengths, args, epoch)
+        epochs.append(deal_batches(batches, lengths, parts))
+    features = np.concatenate(epochs)[: args.max_steps]
+    sizes = np.where(features < 0, 0, lengths[features])  # [steps, parts, rows]
+    rows = sizes.shape[2]
+    plan = {
+        "features": features,
+        "steps_per_epoch": len(epochs[0]),
+        "count": (sizes > 0).sum(axis=(1, 2)),
+        "tokens": sizes.sum(axis=(1, 2)),
+        "squares": (sizes**2).sum(axis=(1, 2)),
+    }
     if args.batching == "packed":
-        held = np.maximum(sizes, 1)
-        # A GPU wants few and large kernels, more of them where rows are long; a CPU one a row.
-        count, power = (min(rows // 8, 8), 0.5) if args.device_type == "cuda" else (rows, 1)
-        edges = (np.linspace(0, 1, max(count, 1) + 1) ** power * rows).round().astype(int).tolist()
-        widths = [int(held[:, :, a:b].max()) // 8 * 8 + 8 for a, b in zip(edges, edges[1:])]
-        shapes["strata"], longest[:] = list(zip(edges, edges[1:], widths)), widths[-1]
-        shapes["tokens"] = int(held.sum(axis=2).max()) // 8 * 8 + 8  # one to spare, as in widths
-        computed[:] = shapes["tokens"] * parts
-    plan = {"shares": shares, "shapes": shapes, "longest": longest, "computed": computed}
-    plan |= {"tokens": sizes.sum(axis=(1, 2)), "squares": (sizes**2).sum(axis=(1, 2))}  # for MFU
-    return plan | {"features": (sizes > 0).sum(axis=(1, 2)), "steps_an_epoch": len(epochs[0])}
-
-
-def make_batch(features, chosen, shapes, longest):
-    """Cuts a micro-batch out of the tokens on the device, with no word to the host.
-    chosen [rows]: feature numbers or -1; shapes: {} or, if packed, the plan's tokens and strata.
-    Returns inputs, the model's [rows, longest] or [1, tokens] and packed_attention's; places: of a
-    row's tokens if packed [rows, longest]; real, likewise; labels [rows, 2]; weights [rows]."""
-    table, device, rows = features["table"], chosen.device, len(chosen)
-    weights, chosen = (chosen >= 0).float(), chosen.clamp(min=0)
-    lengths = torch.where(weights > 0, table["lengths"][chosen], 1)  # with none its loss is NaN
-    columns = torch.arange(longest, device=device)
-    real = columns < lengths[:, None]
-    if not shapes:
-        row = torch.arange(rows, device=device)[:, None]
-        position, inside = columns.expand(rows, longest), real
-        places, inputs = None, {"attention_mask": real[:, None, None]}  # 2-D: the host would read
+        plan["cu_seqlens"] = pack_rows(sizes)
+        plan["row_tokens"] = int(plan["cu_seqlens"].max())
+        plan["width"] = np.full(features.shape[:2], sizes.max())
+        plan["computed"] = plan["cu_seqlens"][:, :, -1].sum(axis=1)
     else:
-        ends, spare = lengths.cumsum(0), shapes["tokens"] - 1  # the last place has no token
-        starts, token = ends - lengths, torch.arange(shapes["tokens"], device=device)[None]
-        row = torch.searchsorted(ends, token, right=True)  # [1, tokens]: whose token it is
-        inside, row = row < rows, row.clamp(max=rows - 1)
-        position = torch.where(inside, token - starts[row], 0)
-        # A row's places run on into its neighbour: masked in the logits; in attention the spare.
-        places = (starts[:, None] + columns).clamp(max=spare)
-        read = torch.where(real, places, spare)
-        strata = tuple(real[a:b, None, None, :width] for a, b, width in shapes["strata"])
-        index = torch.cat([read[a:b, :width].flatten() for a, b, width in shapes["strata"]])
-        slot = torch.arange(len(index), device=device)
-        slots = torch.full_like(token[0], len(index) - 1).scatter(0, index, slot)
-        inputs = {"position_ids": position, "strata": strata, "index": index, "slots": slots}
-    source = (table["begin"][chosen][row] + position).clamp(max=len(table["tokens"]) - 1)
-    inputs["input_ids"] = torch.where(inside, table["tokens"][source], features["pad"])
-    inputs["token_type_ids"] = (inside & (position >= table["first"][chosen][row])).long()
-    labels = torch.stack([table[n][chosen] for n in ("start", "end")], 1) * weights.long()[:, None]
-    return {"inputs": inputs, "places": places, "real": real, "labels": labels, "weights": weights}
+        plan["width"] = padded_widths(sizes, args)
+        plan["computed"] = rows * plan["width"].sum(axis=1)
+    return plan
 
 
-# 5. Model
-class Gather(torch.autograd.Function):
-    """index_select of rows whose backward reads rows too; torch's adds them up, slow in bf16.
-    Right only where rows that index repeats or inverse omits have no gradient: padding here."""
-
-    @staticmethod
-    def forward(ctx, x, index, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.index_select(0, *ctx.saved_tensors), None, None
+def padded_widths(sizes, args):
+    """Returns the tokens that each micro-batch's rows are padded to [steps, micro-batches]."""
+    if args.batching == "padded":
+        return np.full(sizes.shape[:2], args.max_length)
+    # Where layers are compiled, few different widths: each is a compilation.
+    multiple = 64 if args.compile else 8
+    longest = np.maximum(sizes.max(axis=2), 1)
+    widths = -(-longest // multiple) * multiple
+    return np.minimum(widths, args.max_length)
 
 
-def packed_attention(module, query, key, value, mask, strata, index, slots, dropout=0.0, **_):
-    """Attention among sequences packed in one row, none of which sees another; on any device.
-    query, key, value: [1, heads, tokens, size]; mask: None. A stratum is sequences of like length,
-    padded to its width; strata: of each, which slots are real [sequences, 1, 1, width]. index: each
-    slot's token; slots: each token's slot, or one of padding. Returns [1, tokens, heads, size]."""
-    heads, size = query.shape[1], query.shape[3]
-    flat = torch.cat((query, key, value), dim=1)[0].transpose(0, 1)  # [tokens, 3 heads, size]
-    parts, outputs = Gather.apply(flat, index, slots).split([m.numel() for m in strata]), []
-    for part, real in zip(parts, strata):
-        q, k, v = part.view(len(real), -1, 3, heads, size).permute(2, 0, 3, 1, 4)
-        output = F.scaled_dot_product_attention(q, k, v, real, dropout)  # scales as BERT does
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [sequences x width, heads, size]
-    return Gather.apply(torch.cat(outputs), slots, index)[None], None
+def pack_rows(sizes):
+    """Lays each micro-batch's features end to end, in rows of one length for the whole training,
+    since a shape that never changes is compiled once.
+
+    sizes [steps, micro-batches, features]: their tokens, 0 where there is no feature (it holds one
+    token of no weight). Returns cu_seqlens [steps, micro-batches, sequences + 1], named as flash
+    attention names it: where each sequence begins, then the row's end. What is left of the row is
+    cut into sequences too. None is longer than the longest feature, and none is empty: nested
+    tensors are told these bounds, so that they need not ask the device for them."""
+    ends = np.maximum(sizes, 1).cumsum(axis=2)
+    last_ends = ends[:, :, -1:]
+    longest = max(int(sizes.max()), 2)
+    # Enough pieces that none is longer than the longest feature, and room for a token in each.
+    spread = int(last_ends.max() - last_ends.min())
+    pieces = math.ceil((spread + 7) / (longest - 1))
+    row_tokens = math.ceil((int(last_ends.max()) + pieces) / 8) * 8  # tensor cores take eights
+    unused = row_tokens - last_ends
+    piece_ends = last_ends + unused * np.arange(1, pieces + 1) // pieces
+    begin = np.zeros_like(last_ends)
+    return np.concatenate([begin, ends, piece_ends], axis=2).astype(np.int32)
 
 
-transformers.AttentionInterface.register("packed", packed_attention)
+def plan_to_device(plan, device):
+    """Copies the plan's indices to the device, once."""
+    plan["device_features"] = torch.tensor(plan["features"], device=device)
+    if "cu_seqlens" in plan:
+        plan["device_cu_seqlens"] = torch.tensor(plan["cu_seqlens"], device=device)
+
+
+def feature_table(features, tokenizer, model, device):
+    """Returns what batches are cut from, copied to the device once: 60 MB for all of SQuAD.
+
+    Takes the DataLoader's place: a batch is an index into these tensors, with no copy from the
+    host, no worker and no wait."""
+    names = ["input_ids", "begin", "lengths", "start", "end"]
+    if "token_types" in features and getattr(model.config, "type_vocab_size", 0) > 1:
+        names.append("token_types")
+    table = {name: torch.tensor(features[name], device=device) for name in names}
+    table["first_position"] = first_position(model)
+    table["pad"] = tokenizer.pad_token_id or 0
+    return table
+
+
+def make_batch(table, chosen, width, row_tokens=None, cu_seqlens=None):
+    """Cuts a micro-batch out of the table, all of it on the device.
+
+    chosen [rows]: features' numbers, -1: none. They are padded to width tokens [rows, width]; or
+    packed, with cu_seqlens [sequences + 1] and row_tokens, end to end in one row [1, row_tokens].
+    Returns a dict: inputs, the model's keyword arguments, of which transformers hands those that it
+    does not know on to the attention function; real [rows, width]: where there is a token;
+    places [rows, width]: where that token is in the packed row, or None; labels [rows, 2]: the
+    answer's first and last token; weights [rows]: 1, or 0 where there is no feature."""
+    device = chosen.device
+    rows = len(chosen)
+    present = chosen >= 0
+    chosen = chosen.clamp(min=0)
+    # A row without a feature holds one token: with none its loss would be NaN.
+    lengths = torch.where(present, table["lengths"][chosen], 1)
+    columns = torch.arange(width, device=device)
+    real = columns < lengths[:, None]
+    if cu_seqlens is None:
+        row = torch.arange(rows, device=device)[:, None]  # [rows, 1]
+        position = columns.expand(rows, width)
+        has_token = real
+        places = None
+        attention = {"attention_mask": real[:, None, None]}  # a 2-D one would be read on the host
+    else:
+        token = torch.arange(row_tokens, device=device, dtype=torch.int32)[None]
+        sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1  # [1, row_tokens]
+        position = token - cu_seqlens[sequence]
+        row = sequence.clamp(max=rows - 1)
+        has_token = sequence < rows  # else it is of the row's unused end
+        places = (cu_seqlens[:rows, None] + columns).clamp(max=row_tokens - 1)
+        attention = {"cu_seqlens": cu_seqlens, "max_seqlen": width}
+    source = table["begin"][chosen][row] + position
+    source = source.clamp(max=len(table["input_ids"]) - 1)
+    inputs = {
+        "input_ids": torch.where(has_token, table["input_ids"][source], table["pad"]),
+        # The model itself would count on through a packed row; RoBERTa counts from its padding.
+        "position_ids": position + table["first_position"],
+        **attention,
+    }
+    if "token_types" in table:
+        inputs["token_type_ids"] = torch.where(has_token, table["token_types"][source], 0).long()
+    labels = torch.stack([table["start"][chosen], table["end"][chosen]], dim=1).long()
+    return {
+        "inputs": inputs,
+        "real": real,
+        "places": places,
+        "labels": labels * present[:, None],
+        "weights": present.float(),
+    }
+
+
+# 6. Model
+
+
+def packed_jagged(module, query, key, value, mask, cu_seqlens, max_seqlen, dropout=0.0, **_):
+    """Attention within each of the sequences that lie end to end in one row, on a GPU.
+
+    query, key, value: [1, heads, tokens, size]; cu_seqlens [sequences + 1]: where each begins, then
+    the row's end, as pack_rows has it; max_seqlen: none is longer; dropout: a probability.
+    Returns [1, tokens, heads, size], and None for the weights. As torch's nested tensors of layout
+    jagged they get flash attention's kernels for variable lengths (Dao 2023), without padding."""
+    # The bounds are given, as finding them would wait for the device.
+    lengths = {"offsets": cu_seqlens, "min_seqlen": 1, "max_seqlen": max_seqlen}
+    nested = []
+    for tensor in (query, key, value):
+        tokens = tensor[0].transpose(0, 1)  # [tokens, heads, size]
+        nested.append(torch.nested.nested_tensor_from_jagged(tokens, **lengths).transpose(1, 2))
+    output = F.scaled_dot_product_attention(*nested, dropout_p=dropout)
+    return output.transpose(1, 2).values()[None], None
+
+
+def packed_loop(module, query, key, value, mask, cu_seqlens, dropout=0.0, **_):
+    """The same, one sequence after the other: for a CPU, where nested tensors are much slower."""
+    lengths = cu_seqlens.diff().tolist()
+    # split, not slices: each slice's backward pass would fill a tensor of the row's size.
+    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    outputs = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout) for q, k, v in sequences]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("packed_jagged", packed_jagged)
+transformers.AttentionInterface.register("packed_loop", packed_loop)
+
+
+def load_tokenizer(args):
+    """Returns the model's tokenizer and config; raises Problem on what cannot be trained here."""
+    where = f"--model {args.model}"
+    tokenizer_files = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+    if Path(args.model).is_dir() and not set(tokenizer_files) & set(os.listdir(args.model)):
+        raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
+    try:
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    except Exception as error:  # transformers' errors have no common class
+        reason = " ".join(str(error).split())[:200]
+        fix = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
+        raise Problem(f"{where}: {reason}: {fix}")
+    if not tokenizer.is_fast:
+        raise Problem(f"{where}: it has no fast tokenizer (tokenizer.json): save one there")
+    if len(tokenizer) > config.vocab_size:
+        what = f"its tokenizer has {len(tokenizer)} words, its config {config.vocab_size}"
+        raise Problem(f"{where}: {what}: give the tokenizer of this model")
+    return tokenizer, config
+
+
+# What --dropout sets, as BERT and as DistilBERT name it.
+DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+DROPOUT_NAMES += ("dropout", "attention_dropout", "qa_dropout")
+
+
+def load_model(args, config):
+    """Returns the model in fp32 on the CPU; its question-answering head, if new, is from --seed.
+
+    The sample has no weights: all of its model is random, from --seed."""
+    for name in DROPOUT_NAMES:
+        if args.dropout is not None and hasattr(config, name):
+            setattr(config, name, args.dropout)
+    family = transformers.AutoModelForQuestionAnswering
+    options = {"attn_implementation": args.attention, "dtype": torch.float32}
+    torch.manual_seed(args.seed)
+    missing = []
+    try:
+        if args.sample:
+            model = family.from_config(config, **options)
+        else:
+            options |= {"config": config, "weights_only": True, "output_loading_info": True}
+            model, loading = family.from_pretrained(args.model, **options)
+            missing = [name for name in loading["missing_keys"] if "qa_outputs" not in name]
+    except Exception as error:  # safetensors, pickle, the file system each have their own
+        reason = " ".join(str(error).split())[:200]
+        raise Problem(f"--model {args.model}: {reason}: give a folder with all of its weights")
+    if missing:  # transformers has made them at random
+        what = f"{len(missing)} of its weights are not in its file, as {sorted(missing)[0]}"
+        raise Problem(f"--model {args.model}: {what}: give one that was saved with save_pretrained")
+    check_model(model, args)
+    return model
+
+
+def check_model(model, args):
+    """Raises Problem where the model is none of BERT's family, or shorter than --max-length."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    positions = getattr(embeddings, "position_embeddings", None)
+    # Both flags: the model takes a boolean mask, and its attention function can be replaced.
+    replaceable = model._supports_sdpa and model._supports_attention_backend
+    if positions is None or not hasattr(model, "qa_outputs") or not replaceable:
+        what = f"--model {args.model} is a {model.config.model_type}"
+        raise Problem(f"{what}: give one of BERT's family, as BERT, RoBERTa, ELECTRA, DistilBERT")
+    longest = positions.num_embeddings - first_position(model)
+    if args.max_length > longest:
+        raise Problem(f"--max-length {args.max_length}: lower it to the model's {longest}")
+
+
+def first_position(model):
+    """Returns the number of a sequence's first position: 0, but in RoBERTa's family, where the
+    padding's position comes before it."""
+    padding = model.base_model.embeddings.position_embeddings.padding_idx
+    return 0 if padding is None else padding + 1
+
+
+def compile_layers(model):
+    """Compiles each layer by itself: they are alike, so that one compilation serves all of them.
+
+    Returns whether it can: what it generates needs a C compiler and Python's headers."""
+    on_gpu = model.device.type == "cuda"
+    compiler = os.environ.get("CC", "gcc") if on_gpu else os.environ.get("CXX", "g++")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not shutil.which(compiler) or not header.exists():
+        log(f"not compiling: this node has no {compiler} or no {header}; going on without")
+        return False
+    torch._dynamo.config.recompile_limit = 32  # bucketed batches have several widths
+    for layer in encoder_layers(model):
+        layer.compile(fullgraph=True, dynamic=False)
+    return True
+
+
+def encoder_layers(model):
+    """Returns the list of the encoder's layers, whatever the family calls it."""
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
 
 
 def span_logits(model, batch, args):
-    """Returns start's and end's logits [rows, longest, 2] in fp32, -inf where no token is."""
+    """Returns the logits of each place being the answer's first and last [rows, width, 2], in fp32.
+
+    Places without a token have -inf. Under bf16 the encoder is in bf16, the head is not."""
     with torch.autocast(args.device_type, torch.bfloat16, enabled=args.precision == "bf16"):
-        hidden = model.base_model(**batch["inputs"])[0].float()  # packed: [1, tokens, size]
-    logits = model.qa_outputs(getattr(model, "dropout", torch.nn.Identity())(hidden))  # DistilBERT
-    logits = logits if batch["places"] is None else logits[0, batch["places"]]
-    return logits.masked_fill(~batch["real"][..., None], -torch.inf)
+        hidden = model.base_model(**batch["inputs"])[0].float()
+    if hasattr(model, "dropout"):  # DistilBERT has one before its head
+        hidden = model.dropout(hidden)
+    logits = model.qa_outputs(hidden)
+    if batch["places"] is not None:
+        logits = logits[0, batch["places"]]  # from [1, row_tokens, 2]
+    return logits.masked_fill(~batch["real"][:, :, None], -torch.inf)
 
 
 class SpanModel(torch.nn.Module):
-    """The model and its loss in one forward: a micro-batch's sum / the step's count of features."""
+    """The model and its loss in one forward pass."""
 
     def __init__(self, model, args):
         super().__init__()
-        self.model, self.args = model, args
+        self.model = model
+        self.args = args
 
     def forward(self, batch, count):
+        """Returns the sum of the micro-batch's losses divided by count, the features of the step:
+        so the micro-batches' losses, and their gradients, add up to the step's mean."""
         logits = span_logits(self.model, batch, self.args)
         losses = F.cross_entropy(logits, batch["labels"], reduction="none")  # [rows, 2]
         return (losses.mean(dim=1) * batch["weights"]).sum() / count
 
 
-def sample_tokenizer():
-    """Returns a WordPiece tokenizer of the sample's characters and its most frequent words."""
-    data, tokenizer = read_squad(SAMPLE, None), transformers.BertTokenizerFast(vocab={"[UNK]": 0})
-    backend = tokenizer.backend_tokenizer
-    text = backend.normalizer.normalize_str(" ".join(data["contexts"] + data["questions"]))
-    words = collections.Counter(w for w, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-    characters = sorted(set("".join(words)))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
-    vocabulary += [f"##{c}" for c in characters] + [word for word, _ in words.most_common(2000)]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
-    return transformers.BertTokenizerFast(vocab=vocabulary)
+# 7. Optimiser and schedule
 
 
-def load_tokenizer(args):
-    """Returns the tokenizer and the model's config; raises Problem on what cannot be trained."""
-    if args.sample:
-        tokenizer = sample_tokenizer()
-        sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-        sizes |= {"intermediate_size": 512, "initializer_range": 0.05}  # about a million weights
-        sizes |= {"max_position_embeddings": max(args.max_length, 512)}
-        return tokenizer, transformers.BertConfig(vocab_size=len(tokenizer), **sizes)
-    name, where = args.model, f"--model {args.model}"
-    files = os.listdir(name) if Path(name).is_dir() else ["vocab.txt"]
-    fits = {"tokenizer.json", "vocab.txt"} & set(files)
-    require(fits, f"{where}: it has no tokenizer.json: save the tokenizer there")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # its errors have no common class
-        mend = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
-        raise Problem(f"{where}: {' '.join(str(error).split()[:17])}: {mend}")
-    kind, types = config.model_type, ", ".join(MODEL_TYPES)
-    require(kind in MODEL_TYPES, f"{where} is a {kind}: give one of {types}")
-    fits = tokenizer.is_fast and None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    require(fits, f"{where}: it has no fast tokenizer with [CLS] and [SEP]: save one there")
-    words, most = config.vocab_size, config.max_position_embeddings
-    require(len(tokenizer) <= words, f"{where}: its tokenizer has over {words} words: mend it")
-    require(args.max_length <= most, f"--max-length: lower it to the model's {most}")
-    return tokenizer, config
-
-
-def load_model(args, config):
-    """Returns the model in fp32 on the CPU; its question-answering head, if new, is from --seed."""
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"):
-        if args.dropout is not None and hasattr(config, name):
-            setattr(config, name, args.dropout)
-    how = {"attn_implementation": "packed" if args.batching == "packed" else "sdpa"}
-    how |= {"dtype": torch.float32}
-    torch.manual_seed(args.seed)
-    family = transformers.AutoModelForQuestionAnswering  # from safetensors, never a pickle
-    try:
-        if args.sample:
-            return family.from_config(config, **how)
-        return family.from_pretrained(args.model, config=config, use_safetensors=True, **how)
-    except Exception as error:  # SafetensorError, OSError, RuntimeError
-        mend = "give a folder with a whole model.safetensors"
-        raise Problem(f"--model {args.model}: {str(error).split('. ')[0][:150]}: {mend}")
-
-
-def compile_layers(model):
-    """Compiles layer by layer, as one's time is enough for all; returns whether it could."""
-    cuda, header = model.device.type == "cuda", Path(sysconfig.get_path("include"), "Python.h")
-    compiler = os.environ.get("CC", "gcc") if cuda else os.environ.get("CXX", "g++")
-    if not shutil.which(compiler) or not header.exists():
-        return log(f"not compiling: this node has no {compiler} or no {header}; going on without")
-    torch._dynamo.config.recompile_limit = 32  # bucketed batches come in several shapes
-    torch._dynamo.config.optimize_ddp = False  # it would cut a layer where DDP's buckets end
-    for layer in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
-        layer.compile(fullgraph=True, dynamic=False)
-    return True
-
-
-# 6. Optimiser and schedule
 def make_optimizer(model, args):
-    """Returns AdamW, with decay on matrices only, and its parameters' names in its order."""
-    named = sorted(model.named_parameters(), key=lambda pair: pair[1].ndim < 2)  # stable
-    matrices = {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": args.weight_decay}
-    others = {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}
-    how = {"lr": 0.0, "fused": args.fused or None}
-    optimizer = torch.optim.AdamW([matrices, others], **how)
-    return optimizer, [name for name, _ in named]
+    """Returns AdamW; as in BERT's paper, only matrices decay, not biases and LayerNorm's weights.
+
+    A group keeps a peak of its own, "peak_lr", which the schedule multiplies."""
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    peak = args.learning_rate
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay, "peak_lr": peak},
+        {"params": vectors, "weight_decay": 0.0, "peak_lr": peak},
+    ]
+    return torch.optim.AdamW(groups, lr=peak, fused=args.fused or None)
 
 
-def learning_rate_at(step, steps, args):
-    """Returns the rate of a step (from 0): up in a line over the warm-up, then down to zero."""
-    warmup = max(math.ceil(args.warmup * steps), 1)
-    return args.learning_rate * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+def learning_rate_factor(step, steps, warmup):
+    """Returns what a step (from 0) multiplies the peak learning rate by: a line up from nothing
+    over the warm-up, a share of the steps, then a line down to nothing (Devlin et al. 2019).
+
+    A function of the step alone, in place of torch's schedulers: a run that resumes has no
+    scheduler's state to save, or to advance."""
+    warmup_steps = max(math.ceil(warmup * steps), 1)
+    rising = (step + 1) / warmup_steps
+    falling = (steps - step) / max(steps - warmup_steps, 1)
+    return min(rising, falling)
 
 
-# 7. Timing
+# 8. Timing and profiling
+
+
 class Clock:
-    """Seconds of each phase: by events on a GPU, read once a log interval; else by the clock."""
+    """Seconds of each phase of the steps: by events on a GPU, read once a log interval, as reading
+    waits for the device; by the wall clock elsewhere."""
 
     def __init__(self, device):
-        self.cuda, self.marks = device.type == "cuda", []
+        self.on_gpu = device.type == "cuda"
+        self.spans = []  # (phase, begin, end)
 
     def now(self):
-        if not self.cuda:
+        if not self.on_gpu:
             return time.perf_counter()
-        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @contextlib.contextmanager
-    def __call__(self, name):
-        with torch.profiler.record_function(name):
+    def __call__(self, phase):
+        with torch.profiler.record_function(phase):
             begin = self.now()
             yield
-            self.marks.append((name, begin, self.now()))
+            self.spans.append((phase, begin, self.now()))
 
     def read(self):
-        """Returns {phase: seconds} since the last call; the device must be done with them."""
-        seconds, marks, self.marks = dict.fromkeys(PHASES, 0.0), self.marks, []
-        for name, begin, end in marks:
-            seconds[name] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-        return seconds
+        """Returns {phase: seconds} since the last call; the device must have done all of it."""
+        seconds = collections.defaultdict(float)
+        for phase, begin, end in self.spans:
+            seconds[phase] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+        self.spans.clear()
+        return dict(seconds)
 
 
-def peak_memory(device):
-    """GiB: what torch had allocated at most on a GPU; the process's resident memory on a CPU."""
+def peak_memory_gib(device):
+    """Returns the most that torch had allocated on a GPU, or that the process held on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# 8. Checkpoints and signals
+def make_profiler(folder, skipped_steps, device, state):
+    """Returns a profiler that idles for skipped_steps, warms up for one, and then records two.
+
+    It writes their trace to folder, for TensorBoard and Perfetto, and leaves the table of the
+    operators in state. Without skipped_steps (None) it never records."""
+
+    def finish(profiler):
+        begin = time.perf_counter()
+        torch.profiler.tensorboard_trace_handler(folder, "rank0", use_gzip=True)(profiler)
+        averages = profiler.key_averages()
+        state["operators"] = averages.table(f"self_{device.type}_time_total", row_limit=20)
+        state["seconds"]["profile"] += time.perf_counter() - begin
+
+    never = torch.profiler.ProfilerAction.NONE
+    tracing = torch.profiler.schedule(
+        skip_first=skipped_steps or 0, wait=0, warmup=1, active=PROFILER_STEPS - 1, repeat=1
+    )
+    return torch.profiler.profile(
+        schedule=tracing if skipped_steps is not None else lambda step: never,
+        on_trace_ready=finish,
+        acc_events=True,
+    )
+
+
+# 9. Checkpoints, and being asked to stop
+
+# The options that have to be the same each time a run is started. The others may differ: they
+# change where and how fast a step is computed, at most its rounding, but not which step it is.
+SETTINGS = ["limit", "max_length", "stride", "epochs", "max_steps", "batch_size", "accumulate"]
+SETTINGS += ["learning_rate", "warmup", "weight_decay", "dropout", "seed", "batching", "precision"]
+
+
+def settings_of(args, features):
+    """Returns what has to be the same in all lives of a run, by the options' names."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    return settings | {"model": Path(args.model).name, "train_file": features["content"]}
+
+
 def open_output(output):
-    """Makes the folder, sees that it can be written, and returns its lock, held to the end."""
+    """Makes the run's folder and returns a lock on it, which lasts until the process ends."""
     output.mkdir(parents=True, exist_ok=True)
     lock = open(output / ".lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # a file system without locks goes without
-        what = f"--output {output}: another run writes there: wait, or choose another"
-        require(not isinstance(error, BlockingIOError), what)
+    except BlockingIOError:
+        raise Problem(f"--output {output}: another run writes there: wait, or choose another")
+    except OSError:
+        pass  # a file system without locks
     return lock
 
 
-def save_checkpoint(output, model, optimizer, names, state, settings):
-    """Saves weights and moments by the parameters' names; the checkpoint before stays till then."""
-    moments = optimizer.state_dict()["state"]
-    content = {"settings": settings, "state": state}
-    content["model"] = {name: p.detach() for name, p in model.named_parameters()}
-    content["optimizer"] = {names[i]: dict(moments[i]) for i in moments}
-    write_whole(output / "checkpoint.pt", lambda file: torch.save(content, file))
+def stop_requested(output):
+    """Whether a signal, or a file named stop in the run's folder, asks to save and to stop."""
+    if not STOP_SIGNALS and (output / "stop").exists():
+        STOP_SIGNALS.append("the file stop")
+    return bool(STOP_SIGNALS)
 
 
-def resume(output, model, optimizer, names, state, settings):
-    """Goes on from output's checkpoint, if there is one; raises Problem on another run's."""
+def save_checkpoint(output, model, optimizer, state, settings):
+    """Saves weights, optimizer state and progress. torch's state-dict functions name them by
+    parameter, so that any number of ranks can go on, with sharded weights or not. No random state
+    has to be saved, as each micro-batch has a seed of its own (dropout_seed)."""
+    options = checkpointing.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    begin = time.perf_counter()
+    weights, moments = checkpointing.get_state_dict(model, optimizer, options=options)
+    content = {"settings": settings, "state": state, "model": weights, "optimizer": moments}
+    write_atomically(output / "checkpoint.pt", lambda file: torch.save(content, file))
+    state["seconds"]["checkpoint"] += time.perf_counter() - begin
+
+
+def load_checkpoint(output, settings):
+    """Returns the content of output's checkpoint, or None; raises Problem on another run's."""
     path = output / "checkpoint.pt"
     if not path.exists():
-        return
+        return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        was, moments = content["settings"], content["optimizer"]
-        other = [name for name in settings if was.get(name) != settings[name]]
-        told = [f"--{n.replace('_', '-')} (was {was.get(n)}, now {settings[n]})" for n in other]
-        require(not other, f"{path} has other settings: {', '.join(told)}: choose another --output")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(content["model"][name])
-        moments = {i: moments[name] for i, name in enumerate(names)}
-        at = iter(moments)
-        groups = [{**g, "params": [next(at) for _ in g["params"]]} for g in optimizer.param_groups]
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        state.update(content["state"])
-    except Problem:
-        raise
-    except Exception as error:  # torch's errors have no common class
-        raise Problem(f"{path} is no whole checkpoint ({type(error).__name__}): remove it")
-    reached = (output / ".lock").read_text()
-    repeated = max(int(reached) - state["step"], 0) if reached.isdigit() else 0
-    state["repeated_steps"] += repeated
+        saved = content["settings"]
+    except Exception as error:  # pickle, zipfile and torch each have their own
+        raise Problem(f"{path} cannot be read ({type(error).__name__}): remove it to start anew")
+    different = [
+        f"--{name.replace('_', '-')} (was {saved.get(name)}, now {settings[name]})"
+        for name in settings
+        if saved.get(name) != settings[name]
+    ]
+    if different:
+        what = ", ".join(different)
+        raise Problem(f"{path} has other settings: {what}: choose another --output")
+    return content
+
+
+def restore(checkpoint, model, optimizer, state):
+    """Puts a checkpoint's weights, moments and state in place."""
+    options = checkpointing.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    checkpointing.set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=checkpoint["model"],
+        optim_state_dict=checkpoint["optimizer"],
+        options=options,
+    )
+    state.update(checkpoint["state"])
     state["resumed_from_steps"].append(state["step"])
-    log(f"going on from step {state['step']:,}; {repeated} steps after it are done again")
+    log(f"going on from step {state['step']:,}")
 
 
-# 9. Evaluation
-def best_spans(logits, windows, features):
-    """Returns each window's best answer [windows, 4]: score, first, last character, how many.
-    logits [windows, longest, 2]. As the usual decoding: all pairs of the 20 best starts and ends in
-    the context and of at most 30 tokens; ties go as in np.argsort, read backwards."""
-    keys = np.maximum(logits, -1e30).transpose(0, 2, 1).astype(np.float64, "C")
-    keys.view(np.int64)[:] |= np.arange(keys.shape[2])  # a place fits in what float32 leaves free
-    top = (np.sort(keys)[:, :, : -N_BEST - 2 : -1].view(np.int64) & 0xFFFFFFF).transpose(0, 2, 1)
-    values = np.take_along_axis(logits, top, axis=1)  # [windows, 21, 2]
-    tied = (values[:, 1:] == values[:, :-1]).any(axis=(1, 2))  # then np.argsort's order counts
-    for i, own in zip(np.flatnonzero(tied), features["lengths"][windows[tied]]):
-        top[i, :own] = np.argsort(logits[i, :own], axis=0)[: -N_BEST - 2 : -1]
-    top, values, each = top[:, :N_BEST], values[:, :N_BEST], np.arange(len(windows))
-    first = features["first"][windows]
-    after = first + features["context_tokens"][windows]
-    # A place outside the context goes so far away that no pair with it fits.
-    start = np.where(top[:, :, 0] < first[:, None], 2**20, top[:, :, 0])
-    end = np.where(top[:, :, 1] < after[:, None], top[:, :, 1], -1)
-    beyond = end[:, None] - start[:, :, None]  # [windows, 20 starts, 20 ends]
-    fits = (beyond >= 0) & (beyond < MAX_ANSWER_TOKENS)
-    sums = np.where(fits, values[:, :, None, 0] + values[:, None, :, 1], np.float32(-1e30))
-    row, column = np.divmod(sums.reshape(len(windows), -1).argmax(axis=1), top.shape[1])
-    paragraph = features["paragraph"][features["question"][windows]]
-    token = features["offsets_begin"][paragraph] + features["context_begin"][windows] - first
-    start = token + top[each, row, 0].clip(first, after - 1)  # in the context, if nothing fits too
-    end = token + top[each, column, 1].clip(first, after - 1)
-    offsets, many = features["offsets"], np.count_nonzero(fits, axis=(1, 2))
-    return np.stack([sums[each, row, column], offsets[start, 0], offsets[end, 1], many], axis=1)
+# 10. Evaluation: logits to answers, answers to scores
 
 
-def answer_texts(best, features):
-    """Returns {question id: its best window's answer}; "empty" where the usual decoding says so."""
-    texts, answers = features["texts"], {}
-    order = np.lexsort((-best[:, 0], features["question"]))  # each question's best window first
-    edges = np.searchsorted(features["question"], np.arange(len(texts["ids"])))
-    places, counts = best[order[edges], 1:3].astype(int), np.add.reduceat(best[:, 3], edges)
-    rows = zip(texts["ids"], features["paragraph"].tolist(), places.tolist(), counts)
-    for name, paragraph, (start, end), count in rows:
-        text = texts["contexts"][paragraph][start:end]
-        answers[name] = text if count > 1 or (count and text) else "empty"
-    return answers
+def best_span(logits, context_first, context_end):
+    """Returns a window's best answer: its score, first and last token, and how many were possible.
+
+    logits [tokens, 2]. As in the usual decoding: of the 20 best first and 20 best last tokens, the
+    pair of the highest sum that lies in the context, in order, and has at most 30 tokens."""
+    starts = logits[:, 0].argsort()[: -N_BEST - 1 : -1]
+    ends = logits[:, 1].argsort()[: -N_BEST - 1 : -1]
+    lengths = ends[None, :] - starts[:, None] + 1
+    possible = (lengths >= 1) & (lengths <= MAX_ANSWER_TOKENS)
+    possible &= (starts[:, None] >= context_first) & (ends[None, :] < context_end)
+    scores = logits[starts, 0][:, None] + logits[ends, 1][None, :]
+    scores = np.where(possible, scores, -np.inf)
+    row, column = np.unravel_index(scores.argmax(), scores.shape)
+    return scores[row, column], starts[row], ends[column], possible.sum()
 
 
 @torch.inference_mode()
-def evaluate_model(args, device, model, features):
-    """Returns the predictions {question id: answer}, or None where the run was told to stop."""
+def find_answers(args, output, model, features):
+    """Returns the best answer of each window [windows, 4]: score, first and last character in the
+    context, how many answers were possible; or None where the run was asked to stop."""
     model.eval()
-    lengths, best = features["lengths"], np.full((len(features["lengths"]), 4), -np.inf)
-    order = np.argsort(-lengths, kind="stable")  # neighbours in a batch are alike
-    cuts = np.flatnonzero(np.diff(np.cumsum(lengths[order]) // EVALUATION_TOKENS)) + 1
-    for windows in progress(np.split(order, cuts), "evaluating"):
-        if STOP:
+    lengths = features["lengths"]
+    best = np.full((len(lengths), 4), -np.inf)
+    # Windows of like length share a batch of about as many tokens as fit the device well.
+    order = np.argsort(-lengths, kind="stable")
+    batch_of = np.cumsum(lengths[order]) // EVALUATION_BATCH_TOKENS
+    batches = np.split(order, np.flatnonzero(np.diff(batch_of)) + 1)
+    for windows in progress(batches, "evaluating"):
+        if stop_requested(output):
             break
-        longest, tokens = int(lengths[windows[0]]), int(lengths[windows].sum()) // 8 * 8 + 8
-        shapes = {"tokens": tokens, "strata": [(0, len(windows), longest)]}
-        shapes = shapes if args.batching == "packed" else {}
-        batch = make_batch(features, torch.tensor(windows, device=device), shapes, longest)
-        with torch.compiler.set_stance("force_eager"):  # shapes differ: compiling would not pay
-            logits = span_logits(model, batch, args)
-        best[windows] = best_spans(logits.cpu().numpy(), windows, features)
-    return None if STOP else answer_texts(best, features)
+        logits = evaluation_logits(args, model, features, windows)
+        for window, window_logits in zip(windows, logits):
+            first = features["context_first"][window]
+            end = features["context_end"][window]
+            own_logits = window_logits[: lengths[window]]
+            span_score, start, last, possible = best_span(own_logits, first, end)
+            if possible:
+                offsets = features["offsets"][features["begin"][window] :]
+                best[window] = span_score, offsets[start, 0], offsets[last, 1], possible
+    return None if stop_requested(output) else best
 
 
-# 10. Training
-def train(args, device, output, training, clock, optimizer, features, plan, state, save):
-    """Trains from state["step"] to the plan's end; returns early where it is told to stop."""
-    training.train()
-    shares = torch.tensor(plan["shares"], device=device)  # [steps, parts, rows]
-    first, steps = state["step"], len(shares)
-    # Each life warms up (compiling, allocating), one profiles; then intervals are steady.
-    every = min(args.log_every, max(steps // 4, 1))
-    warm = first + min(5, (steps - first) // 4)
-    profiled = warm + 3 * (args.profile and not state["operators"] and steps - first >= 8)
-    losses, norms = torch.zeros(2, every, device=device)
-    profiler, read = None, first  # read: the steps whose losses have been read
-    lengths = plan["longest"][first:]  # one compiles where it is first met: no steady step
-    fresh = np.unique(lengths, return_index=True)[1] // lengths.shape[1] + first
-    mark = wall = saved = time.perf_counter()
-
-    def flush(done):
-        """Reads losses and times of the steps from read to done, which waits for the device."""
-        nonlocal mark, wall, read
-        values = torch.stack((losses, norms), 1)[: done - read].tolist()
-        losses.zero_()
-        now, span = time.perf_counter(), slice(read, done)
-        for step, (loss, norm) in enumerate(values, read + 1):
-            what = f"step {step}: loss {loss}, gradient's norm {norm}: lower --learning-rate"
-            require(math.isfinite(loss + norm), f"{what}; the checkpoint before is kept", 1)
-        loss, norm = (sum(column) / len(values) for column in zip(*values))
-        rate, memory = learning_rate_at(done - 1, steps, args), peak_memory(device)
-        each = {"step": done, "steps": done - read, "loss": loss, "gradient_norm": norm}
-        each |= {name: plan[name][span].sum().item() for name in ("tokens", "features", "squares")}
-        each |= {"learning_rate": rate, "seconds": now - mark, "wall_seconds": now - wall}
-        steady = read >= profiled and not (args.compile and any(read <= s < done for s in fresh))
-        each |= {"memory_gib": memory, "warmup": read < warm, "steady": steady}
-        state["intervals"].append(each | {"phases": clock.read()})
-        speed = each["tokens"] / each["seconds"]
-        left = divmod(int(plan["tokens"][done:].sum() / speed), 60)
-        where = f"step {done:,}/{steps:,} {done / steps:4.0%}, {left[0]}:{left[1]:02} left"
-        log(f"{where}  loss {loss:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {memory:.1f} GiB")
-        (output / ".lock").write_text(str(done))  # how far it got, should it be killed
-        read = state["step"] = done
-        mark, wall = time.perf_counter(), now
-        state["beside"]["log"] += mark - now
-
-    for step in range(first, steps):
-        if step == warm < profiled:
-            cycle = torch.profiler.schedule(wait=0, warmup=1, active=2, repeat=1)
-            trace = (f"{output}/tensorboard", "rank0", True)
-            write = torch.profiler.tensorboard_trace_handler(*trace)
-            profiler = torch.profiler.profile(schedule=cycle, on_trace_ready=write, acc_events=True)
-            profiler.start()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, steps, args)
-        for micro in range(args.accumulate):
-            seed = np.random.SeedSequence((args.seed, step, micro))
-            torch.manual_seed(int(seed.generate_state(1)[0]))  # so no random state is ever saved
-            with clock("data"):
-                longest = int(plan["longest"][step, micro])
-                batch = make_batch(features, shares[step, micro], plan["shapes"], longest)
-            with clock("forward"):
-                loss = training(batch, int(plan["features"][step]))
-            with clock("backward"):
-                loss.backward()
-            losses[step - read] += loss.detach()
-        with clock("optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(training.parameters(), 1.0)
-            norms[step - read] = norm
-            optimizer.step()
-            optimizer.zero_grad()
-        begin, done = time.perf_counter(), step + 1
-        if profiler:
-            if done == profiled - 2 and clock.cuda:
-                torch.cuda.synchronize()  # what is under way is no profiled step's
-            profiler.step()  # after the third it writes the trace
-            if done == profiled:
-                table = profiler.key_averages().table(f"self_{device.type}_time_total", 20)
-                state["operators"], profiler = table, profiler.stop()  # stop() returns None
-                state["beside"]["profile"] += time.perf_counter() - begin
-        due = done % args.save_every == 0 if args.save_every else begin - saved > SAVE_SECONDS
-        stop = bool(STOP)
-        if done % every == 0 or done == steps or due or stop:
-            flush(done)
-        if stop:
-            break
-        if due and done < steps:
-            begin = time.perf_counter()
-            save()
-            mark = saved = time.perf_counter()
-            state["beside"]["checkpoint"] += mark - begin
-    save()  # told to stop, or done: nothing that follows can lose it
+def evaluation_logits(args, model, features, windows):
+    """Returns the logits of some windows [windows, the longest's tokens, 2], on the host."""
+    table = features["table"]
+    lengths = features["lengths"][windows]
+    chosen = torch.tensor(windows, device=model.device)
+    width = int(lengths.max())
+    if args.batching == "packed":
+        cu_seqlens = pack_rows(lengths[None, None, :])[0, 0]
+        row_tokens = int(cu_seqlens[-1])
+        cu_seqlens = torch.tensor(cu_seqlens, device=model.device)
+        batch = make_batch(table, chosen, width, row_tokens, cu_seqlens)
+    else:
+        batch = make_batch(table, chosen, width)
+    with torch.compiler.set_stance("force_eager"):  # each batch has its own shape
+        return span_logits(model, batch, args).cpu().numpy()
 
 
-# 11. Main
-def run(args):
-    """The whole run, as a summary of this file."""
-    device, output = torch.device(args.device_type), Path(args.output)
-    if (output / "results.json").exists():
-        return log(f"{output} holds a finished run and is left alone: choose another --output")
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: STOP.append(signal.Signals(number).name))
+def answer_texts(best, features, examples):
+    """Returns {question id: answer}, each question's from the window whose answer is its best."""
+    best_score = dict.fromkeys((example["id"] for example in examples), -np.inf)
+    answers = dict.fromkeys(best_score, "")
+    possible = collections.Counter()
+    for index, (span_score, start, end, count) in zip(features["example"], best):
+        example = examples[index]
+        if span_score > best_score[example["id"]]:
+            best_score[example["id"]] = span_score
+            answers[example["id"]] = example["context"][int(start) : int(end)]
+        possible[example["id"]] += max(count, 0)
+    for name, answer in answers.items():
+        # The usual decoding's word where no answer was possible, or one only, of no letter.
+        if not answer and possible[name] <= 1:
+            answers[name] = "empty"
+    return answers
+
+
+def normalise(text):
+    """Returns the words that the official scorer compares: in lower case, no articles."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def f1_of_words(answer, truth):
+    """Returns the F1 of two lists of words: the harmonic mean of precision and recall."""
+    common = sum((collections.Counter(answer) & collections.Counter(truth)).values())
+    return 2 * common / (len(answer) + len(truth)) if common else 0.0
+
+
+def own_scores(predictions, examples):
+    """Returns exact_match and f1 in percent, as SQuAD v1.1's official scorer has them (Rajpurkar et
+    al. 2016): each answer against the reference that is most like it."""
+    exact_match = f1 = 0.0
+    for example in examples:
+        answer = normalise(predictions[example["id"]])
+        references = [normalise(text) for text in example["answers"]["text"]]
+        exact_match += max(answer == reference for reference in references)
+        f1 += max(f1_of_words(answer, reference) for reference in references)
+    return {"exact_match": 100 * exact_match / len(examples), "f1": 100 * f1 / len(examples)}
+
+
+def score(predictions, examples):
+    """Returns exact_match and f1 in percent, and scorer: evaluate, where the evaluate library has
+    its squad metric in the cache, else own."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    modules = Path(os.environ.get("HF_MODULES_CACHE") or home / "modules")
+    if (modules / "evaluate_modules/metrics/evaluate-metric--squad").is_dir():
+        os.environ["HF_EVALUATE_OFFLINE"] = "1"
+        try:
+            import evaluate
+
+            evaluate.logging.set_verbosity_error()
+            metric = evaluate.load("squad")
+            scores = metric.compute(
+                predictions=[{"id": id, "prediction_text": predictions[id]} for id in predictions],
+                references=[{"id": e["id"], "answers": e["answers"]} for e in examples],
+            )
+            scores = {name: float(scores[name]) for name in ("exact_match", "f1")}
+            return scores | {"scorer": "evaluate"}
+        except Exception as error:  # a broken cache must not cost a run its scores
+            log(f"evaluate's squad metric does not load ({type(error).__name__}): using our own")
+    return own_scores(predictions, examples) | {"scorer": "own"}
+
+
+# 11. Training
+
+
+class Interval:
+    """The steps since the last line of the log. Losses and norms of the gradient stay on the device
+    until the line is written, since reading them waits for the device."""
+
+    def __init__(self, device, longest, first_step):
+        self.losses = torch.zeros(longest, device=device)
+        self.norms = torch.zeros(longest, device=device)
+        self.first_step = first_step
+        self.started = time.perf_counter()
+        self.wall_started = self.started
+
+    def add_loss(self, step, loss):
+        self.losses[step - self.first_step] += loss.detach()
+
+    def add_norm(self, step, norm):
+        self.norms[step - self.first_step] = norm
+
+    def restart(self, evaluation_seconds=0.0):
+        """Begins to time the steps anew, after a save or an evaluation. The wall clock goes on, but
+        for the seconds of an evaluation, which is no training."""
+        self.started = time.perf_counter()
+        self.wall_started += evaluation_seconds
+
+    def end(self, done):
+        """Waits for the device and returns what the steps before `done` have measured; then begins
+        the next interval. Raises Problem where a loss or a gradient is not a finite number."""
+        count = done - self.first_step
+        losses = self.losses[:count].tolist()
+        norms = self.norms[:count].tolist()
+        now = time.perf_counter()
+        for step, (loss, norm) in enumerate(zip(losses, norms), self.first_step + 1):
+            if not math.isfinite(loss + norm):
+                what = f"step {step}: loss {loss}, gradient norm {norm}"
+                fix = "lower --learning-rate, with another --output"
+                raise Problem(f"{what}: {fix}", exit_code=1)
+        measured = {
+            "step": done,
+            "steps": count,
+            "loss": sum(losses) / count,
+            "gradient_norm": sum(norms) / count,
+            "seconds": now - self.started,
+            "wall_seconds": now - self.wall_started,
+        }
+        self.losses.zero_()
+        self.first_step = done
+        self.started = self.wall_started = now
+        return measured
+
+
+def find_steady_steps(plan, first, measured_from, args):
+    """Returns for each step whether it counts as the steady state: after the warm-up and the
+    profiled steps, and no width is compiled in it that is met for the first time."""
+    widths = plan["width"]  # [steps, micro-batches]
+    steady = np.arange(len(widths)) >= measured_from
+    if args.compile:
+        first_met = np.unique(widths[first:], return_index=True)[1]
+        steady[first + first_met // widths.shape[1]] = False
+    return steady
+
+
+def dropout_seed(seed, step, micro):
+    """Returns a seed of a micro-batch's own, so that no random state has to be saved."""
+    return int(np.random.SeedSequence((seed, step, micro)).generate_state(1)[0])
+
+
+def planned_batch(table, plan, step, micro):
+    """Returns the plan's batch of a step and micro-batch."""
+    chosen = plan["device_features"][step, micro]
+    width = int(plan["width"][step, micro])
+    if "cu_seqlens" not in plan:
+        return make_batch(table, chosen, width)
+    cu_seqlens = plan["device_cu_seqlens"][step, micro]
+    return make_batch(table, chosen, width, plan["row_tokens"], cu_seqlens)
+
+
+def training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval):
+    """One optimiser step: the micro-batches' gradients add up, are clipped and move the weights."""
+    factor = learning_rate_factor(step, steps, args.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    for micro in range(args.accumulate):
+        torch.manual_seed(dropout_seed(args.seed, step, micro))
+        with clock("data"):
+            batch = planned_batch(features["table"], plan, step, micro)
+        with clock("forward"):
+            loss = span_model(batch, int(plan["count"][step]))
+        with clock("backward"):
+            loss.backward()
+        interval.add_loss(step, loss)
+    with clock("optimizer"):
+        norm = torch.nn.utils.clip_grad_norm_(span_model.parameters(), max_norm=1.0)
+        optimizer.step()
+        span_model.zero_grad()
+    interval.add_norm(step, norm)
+
+
+def train(
+    args, output, span_model, optimizer, features, plan, clock, state, writer, save, evaluate
+):
+    """Trains from state["step"] to the plan's end, or until it is asked to stop, and saves."""
+    if plan is None:  # --epochs 0
+        return
+    device = features["table"]["begin"].device
+    first = state["step"]
+    steps = len(plan["features"])
+    log_every = min(args.log_every, max(steps // 4, 1))
+    # Every life of a run warms up: it allocates, and compiles. Then one of them is profiled.
+    warmup_end = first + min(5, (steps - first) // 4)
+    profiled = args.profile and not state["operators"] and steps - first >= 8
+    measured_from = warmup_end + PROFILER_STEPS if profiled else warmup_end
+    steady = find_steady_steps(plan, first, measured_from, args)
+    skipped = warmup_end - first if profiled else None
+    if is_evaluation_due(args, plan, first) and not is_evaluated(state) and evaluate() is None:
+        return
+    interval = Interval(device, log_every, first)
+    saved_at = time.perf_counter()
+    span_model.train()
+    with make_profiler(f"{output}/tensorboard", skipped, device, state) as profiler:
+        for step in range(first, steps):
+            training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval)
+            profiler.step()
+            done = step + 1
+            # Not at each of a GPU's steps: it is a look at the disk.
+            asks = done % log_every == 0 or device.type == "cpu"
+            stop = asks and stop_requested(output)
+            save_due = asks and time.perf_counter() - saved_at > SAVE_SECONDS
+            if args.save_every:
+                save_due = done % args.save_every == 0
+            evaluation_due = is_evaluation_due(args, plan, done)
+            if done % log_every == 0 or done == steps or stop or save_due or evaluation_due:
+                measured = interval.end(done)
+                measured["warmup"] = done - measured["steps"] < warmup_end
+                measured["steady"] = bool(steady[done - measured["steps"] : done].all())
+                end_interval(args, measured, plan, clock, state, device, writer)
+                interval.restart()
+            if stop or done == steps:
+                break
+            if save_due or evaluation_due:
+                save()
+                saved_at = time.perf_counter()
+                interval.restart()
+            if evaluation_due:
+                begin = time.perf_counter()
+                if evaluate() is None:
+                    return  # asked to stop: the save before it is the last
+                span_model.train()
+                interval.restart(time.perf_counter() - begin)
+    save()  # whatever follows, the steps are kept
+
+
+def is_evaluation_due(args, plan, done):
+    """Whether an epoch has ended; the last one is followed by the final evaluation anyway."""
+    if args.evaluate_every == "end" or done == len(plan["features"]):
+        return False
+    return done > 0 and done % plan["steps_per_epoch"] == 0
+
+
+def is_evaluated(state):
+    """Whether the step has been evaluated: not if the run was ended between save and evaluation."""
+    return any(evaluation["step"] == state["step"] for evaluation in state["evaluations"])
+
+
+def end_interval(args, measured, plan, clock, state, device, writer):
+    """Adds to what an interval has measured, keeps it in state, and writes log and TensorBoard."""
+    begin = time.perf_counter()
+    done = measured["step"]
+    steps = len(plan["features"])
+    span = slice(done - measured["steps"], done)
+    factor = learning_rate_factor(done - 1, steps, args.warmup)
+    measured |= {
+        "learning_rate": args.learning_rate * factor,
+        "tokens": int(plan["tokens"][span].sum()),
+        "features": int(plan["count"][span].sum()),
+        "squares": int(plan["squares"][span].sum()),
+        "memory_gib": peak_memory_gib(device),
+        "phases": clock.read(),
+    }
+    state["intervals"].append(measured)
+    state["step"] = done
+    speed = measured["tokens"] / measured["seconds"]
+    left = datetime.timedelta(seconds=int(plan["tokens"][done:].sum() / speed))
+    log(
+        f"step {done:,}/{steps:,} {done / steps:4.0%}, {left} left"
+        f"  loss {measured['loss']:.4f}  lr {measured['learning_rate']:.2e}"
+        f"  {speed:,.0f} tokens/s  {measured['memory_gib']:.1f} GiB"
+    )
+    write_scalars(writer, measured)
+    state["seconds"]["log"] += time.perf_counter() - begin
+
+
+def evaluate_model(args, output, model, validation, plan, state, writer):
+    """Answers the validation questions, and keeps and shows the scores.
+
+    Returns {question id: answer}; or None where the run was asked to stop."""
+    begin = time.perf_counter()
+    best = find_answers(args, output, model, validation)
+    if best is None:
+        return None
+    examples = json.loads(validation["examples"].tobytes())
+    predictions = answer_texts(best, validation, examples)
+    scores = score(predictions, examples)
+    state["scorer"] = scores["scorer"]
+    evaluation = {
+        "step": state["step"],
+        "epoch": state["step"] / plan["steps_per_epoch"] if plan else 0,
+        "train_seconds": sum(interval["wall_seconds"] for interval in state["intervals"]),
+        "exact_match": scores["exact_match"],
+        "f1": scores["f1"],
+        "evaluate_seconds": time.perf_counter() - begin,
+    }
+    state["evaluations"].append(evaluation)
+    write_evaluation(writer, evaluation)
+    log(
+        f"evaluated after {evaluation['epoch']:.3g} epochs, {evaluation['train_seconds']:.0f} s of"
+        f" training: exact match {evaluation['exact_match']:.2f}, F1 {evaluation['f1']:.2f}"
+    )
+    return predictions
+
+
+# 12. What a run leaves: TensorBoard, results.json, timings.json, model/
+
+# Dense peaks in TFLOP/s at bf16, tf32 and fp32, from NVIDIA's data sheets. The first name that a
+# device's contains counts.
+PEAKS = {
+    "A100": {"bf16": 312, "tf32": 156, "fp32": 19.5},
+    "A30": {"bf16": 165, "tf32": 82, "fp32": 10.3},
+    "H100 PCIe": {"bf16": 756, "tf32": 378, "fp32": 51},
+    "H100 NVL": {"bf16": 835, "tf32": 418, "fp32": 60},
+    "H100": {"bf16": 989, "tf32": 494, "fp32": 67},
+    "H200": {"bf16": 989, "tf32": 494, "fp32": 67},
+    "L40S": {"bf16": 362, "tf32": 183, "fp32": 91.6},
+    "L4": {"bf16": 121, "tf32": 60, "fp32": 30.3},
+    "V100": {"fp32": 15.7},
+}
+
+# What of an interval goes to TensorBoard's curves and to timings.json.
+CURVES = ("loss", "learning_rate", "gradient_norm")
+# TensorBoard's tab CUSTOM SCALARS: one chart for each question.
+BOARD = {
+    "overview": {
+        "loss": ["Multiline", ["training/loss"]],
+        "F1 and exact match": ["Multiline", ["evaluation/.*"]],
+        "real tokens per second": ["Multiline", ["speed/tokens_per_second"]],
+        "share of the step": ["Multiline", ["phases/.*"]],
+        "learning rate": ["Multiline", ["training/learning_rate"]],
+        "gradient norm": ["Multiline", ["training/gradient_norm"]],
+        "memory, GiB": ["Multiline", ["speed/peak_memory_gib"]],
+    }
+}
+# The settings by which TensorBoard's tab HPARAMS compares runs.
+HPARAMS = ["batch_size", "batching", "compile", "learning_rate", "precision", "seed"]
+
+
+def open_writer(output, state):
+    """Returns TensorBoard's writer; what an earlier life wrote after its last save is purged."""
+    step = state["step"]
+    writer = SummaryWriter(output / "tensorboard", purge_step=step)
+    writer.add_custom_scalars(BOARD)
+    # What was written at the very step of the save is purged too, so it is written again.
+    for measured in state["intervals"][-1:]:
+        write_scalars(writer, measured)
+    for evaluation in state["evaluations"]:
+        if evaluation["step"] == step:
+            write_evaluation(writer, evaluation)
+    return writer
+
+
+def write_scalars(writer, measured):
+    """Writes an interval's curves at once, so that TensorBoard shows them while it trains."""
+    step = measured["step"]
+    for name in CURVES:
+        writer.add_scalar(f"training/{name}", measured[name], step)
+    writer.add_scalar("speed/tokens_per_second", measured["tokens"] / measured["seconds"], step)
+    writer.add_scalar("speed/peak_memory_gib", measured["memory_gib"], step)
+    for phase, seconds in measured["phases"].items():
+        writer.add_scalar(f"phases/{phase}", seconds / measured["seconds"], step)
+    writer.flush()
+
+
+def write_evaluation(writer, evaluation):
+    """Writes an evaluation's points of the curves of F1 and exact match."""
+    for name in ("exact_match", "f1"):
+        writer.add_scalar(f"evaluation/{name}", evaluation[name], evaluation["step"])
+    writer.flush()
+
+
+def finish_board(writer, args, results, timings):
+    """Writes what is known at the end: settings beside scores, the results, the operators."""
+    settings = {name: getattr(args, name) for name in HPARAMS}
+    names = ("exact_match", "f1", "steady_epoch_seconds", "train_seconds")
+    scores = {f"result/{name}": results[name] for name in names if results[name] is not None}
+    writer.add_hparams(settings, scores, run_name=".")  # else it would make a run of its own
+    writer.add_text("results", f"```\n{describe(results, timings)}\n```")
+    if timings["operators"]:
+        writer.add_text("operators of the profiled steps", f"```\n{timings['operators']}\n```")
+
+
+def output_of(*command):
+    """Returns what a command prints, or an empty text where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=HERE)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def processor_name():
+    """Returns the processor's name, as "CPU AMD EPYC"."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return f"CPU {found[1] if found else platform.processor()}".strip()
+
+
+def count_cores():
+    """Returns how many cores this process may use: SLURM can bind it to a part of them."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def describe_environment(device):
+    """Returns what a reader must know to trust a run's figures: code, machine and versions."""
+    on_gpu = device.type == "cuda"
+    versions = {}
+    for package in ("torch", "transformers", "datasets", "tokenizers", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "commit": output_of("git", "rev-parse", "HEAD") or None,
+        # New files change no run: SLURM's logs, a report.
+        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "hosts": [socket.gethostname()],
+        "devices": [torch.cuda.get_device_name(device) if on_gpu else processor_name()],
+        "cpu": processor_name(),
+        "cores": count_cores(),
+        "python": platform.python_version(),
+        **versions,
+        "cuda": torch.version.cuda,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    }
+
+
+def count_flops(model, intervals):
+    """Returns the floating-point operations of training on these intervals' real tokens.
+
+    Per token and weight of a matrix two, and twice as many backward (Kaplan et al. 2020, section
+    2.1); embeddings are looked up, not multiplied. Attention: 4 x hidden size x length squared per
+    layer forward."""
+    matrix_weights = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embeddings." not in name:
+            matrix_weights += parameter.numel()
+    config = model.config  # DistilBERT's names are mapped to BERT's
+    tokens = sum(interval["tokens"] for interval in intervals)
+    squares = sum(interval["squares"] for interval in intervals)
+    return (
+        6 * matrix_weights * tokens + 12 * config.num_hidden_layers * config.hidden_size * squares
+    )
+
+
+def model_flops_utilization(flops_per_second, args, environment, world_size=1):
+    """Returns the share of the GPUs' dense peak at this precision; None where it is not known."""
+    device = environment["devices"][0]
+    for name, peaks in PEAKS.items():
+        if flops_per_second and re.search(rf"\b{name}\b", device) and args.precision in peaks:
+            return flops_per_second / world_size / peaks[args.precision] / 1e12
+    return None
+
+
+def share_epochs(intervals, steps_per_epoch):
+    """Returns the training's seconds in each epoch; an interval over two is shared by its steps."""
+    seconds = collections.Counter()
+    for interval in intervals:
+        for step in range(interval["step"] - interval["steps"], interval["step"]):
+            seconds[step // steps_per_epoch] += interval["wall_seconds"] / interval["steps"]
+    return [seconds[epoch] for epoch in sorted(seconds)]
+
+
+def make_timings(plan, state, train_seconds):
+    """Returns timings.json: where the steady steps' time went, and each interval's figures."""
+    intervals = state["intervals"]
+    chosen = [interval for interval in intervals if interval["steady"]] or intervals
+    seconds = sum(interval["seconds"] for interval in chosen)
+    phases = {}
+    for phase in dict.fromkeys(name for interval in chosen for name in interval["phases"]):
+        spent = sum(interval["phases"].get(phase, 0.0) for interval in chosen)
+        phases[phase] = {"seconds": spent, "share": spent / seconds}
+    for name, spent in state["seconds"].items():  # beside the steps: of all of the training
+        share = spent / train_seconds if train_seconds else None
+        phases[name] = {"seconds": spent, "share": share}
+    kept = ("step", *CURVES, "seconds", "tokens", "steady")
+    tokens_per_step = []
+    if plan:
+        pairs = zip(plan["tokens"].tolist(), plan["computed"].tolist())
+        tokens_per_step = [list(pair) for pair in pairs][:200]
+    return {
+        "phases": phases,
+        "intervals": [{name: interval[name] for name in kept} for interval in intervals],
+        "operators": state["operators"],
+        "tokens_per_step": tokens_per_step,  # real and computed, of the first 200 steps
+    }
+
+
+def make_results(args, model, features, validation, plan, state, environment):
+    """Returns results.json. A run that only evaluates has no speed: null."""
+    intervals = state["intervals"]
+    steady = [interval for interval in intervals if interval["steady"]]
+    steady_seconds = sum(interval["seconds"] for interval in steady)
+    steady_tokens = sum(interval["tokens"] for interval in steady)
+    steady_features = sum(interval["features"] for interval in steady)
+    epoch_tokens = int(features["lengths"].sum())
+    flops_per_second = None
+    if steady:
+        flops_per_second = count_flops(model, steady) / steady_seconds
+    utilization = model_flops_utilization(flops_per_second, args, environment)
+    warmup = [interval["seconds"] for interval in intervals if interval["warmup"]]
+    return {
+        "exact_match": state["evaluations"][-1]["exact_match"],
+        "f1": state["evaluations"][-1]["f1"],
+        "steady_epoch_seconds": epoch_tokens * steady_seconds / steady_tokens if steady else None,
+        "train_seconds": sum(interval["wall_seconds"] for interval in intervals),
+        "epoch_seconds": share_epochs(intervals, plan["steps_per_epoch"]) if plan else [],
+        "warmup_seconds": sum(warmup),
+        "prepare_seconds": features["seconds"] + validation["seconds"],
+        "features_cached": features["cached"],
+        "evaluate_seconds": state["evaluations"][-1]["evaluate_seconds"],
+        "total_seconds": time.perf_counter() - STARTED,
+        "features_per_second": steady_features / steady_seconds if steady else None,
+        "tokens_per_second": steady_tokens / steady_seconds if steady else None,
+        "padding_share": 1 - float(plan["tokens"].sum() / plan["computed"].sum()) if plan else None,
+        "flops_per_second": flops_per_second,
+        "model_flops_utilization": utilization,
+        "peak_memory_gib": peak_memory_gib(model.device),
+        "steps": state["step"],
+        "train_features": len(features["lengths"]),
+        "world_size": 1,
+        "nodes": 1,
+        "parameters": model.num_parameters(),
+        "evaluations": state["evaluations"],
+        "resumed_from_steps": state["resumed_from_steps"],
+        "restarts": environment["restarts"],
+        "scorer": state["scorer"],
+        "paper": PAPER,
+        "command": shlex.join(sys.argv),
+        "finished_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "arguments": vars(args),
+        "environment": environment,
+    }
+
+
+def describe(results, timings):
+    """Returns the lines that end a log."""
+
+    def show(name, form="{:,.1f}"):
+        value = results[name]
+        return "not measured" if value is None else form.format(value)
+
+    environment = results["environment"]
+    devices = f"{results['world_size']} x {environment['devices'][0]}"
+    beside = ("checkpoint", "profile", "log")  # shares of the training, not of the steps
+    phases = [
+        f"{name} {one['share']:.1%}"
+        for name, one in timings["phases"].items()
+        if one["share"] and name not in beside
+    ]
+    lines = {
+        "device": f"{devices}, torch {environment['torch']}, commit {environment['commit']}",
+        "an epoch": f"{show('steady_epoch_seconds')} s at {show('tokens_per_second')} real tokens/s"
+        f" of the steady state, {show('features_per_second')} features/s",
+        "training": f"{show('train_seconds')} s for {results['steps']:,} steps, the first"
+        f" {show('warmup_seconds')} s of them warm-up",
+        "beside it": f"preparing {show('prepare_seconds')} s, evaluating"
+        f" {show('evaluate_seconds')} s; in all {show('total_seconds')} s since the last start",
+        "padding": f"{show('padding_share', '{:.1%}')} of the tokens computed",
+        "MFU": f"{show('model_flops_utilization', '{:.1%} of the peak of such a device')}",
+        "memory": f"{show('peak_memory_gib')} GiB at most",
+        "phases": ", ".join(phases).replace("_", " "),
+        "exact match, F1": f"{show('exact_match', '{:.2f}')}, {show('f1', '{:.2f}')}"
+        f" ({results['scorer']} scorer); BERT-Base in its paper, on all of SQuAD v1.1:"
+        f" {PAPER['exact_match']}, {PAPER['f1']}",
+    }
+    return "\n".join(f"{name:17}{text}" for name, text in lines.items())
+
+
+def save_model(output, model, tokenizer):
+    """Leaves model/, for from_pretrained: written under another name, so it is all there or not."""
+    temporary = output / "model.tmp"
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(output / "model", ignore_errors=True)  # from a life that was killed after this
+    temporary.replace(output / "model")
+
+
+# 13. Main
+
+
+def new_state():
+    """Returns what a checkpoint keeps beside weights and moments."""
+    return {
+        "step": 0,
+        "intervals": [],
+        "evaluations": [],
+        "scorer": None,
+        "operators": "",
+        "resumed_from_steps": [],
+        "seconds": {"checkpoint": 0.0, "profile": 0.0, "log": 0.0},
+    }
+
+
+def check_files(args):
+    """Raises Problem where a file of questions is not there, before anything slow is begun."""
+    for option in ("train_file", "validation_file"):
+        path = getattr(args, option)
+        if path and not Path(path).is_file():
+            raise Problem(f"--{option.replace('_', '-')} {path}: there is no such file")
+
+
+def check_cpu_hours(args, model, plan):
+    """Raises Problem where a CPU would take hours, unless --device cpu says that this is meant."""
+    weights = model.num_parameters(exclude_embeddings=True)
+    flops_per_second = 2e10 * torch.get_num_threads()  # what a core reaches in training, measured
+    hours = 6 * weights * int(plan["computed"].sum()) / flops_per_second / 3600 if plan else 0
+    if args.device == "auto" and args.device_type == "cpu" and hours > CPU_HOURS:
+        what = f"{len(plan['features']):,} steps of {args.batch_size} features take a CPU"
+        fix = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
+        raise Problem(f"{what} about {hours:.0f} hours: {fix}")
+
+
+@torch.no_grad()
+def check_packed_attention(args, model, features):
+    """Raises Problem where packed and padded give some features logits that differ by more than
+    rounding: each model and each GPU shows for itself that its packed attention is right."""
+    table = features["table"]
+    lengths = features["lengths"][:8]
+    chosen = torch.arange(len(lengths), device=model.device)
+    cu_seqlens = pack_rows(lengths[None, None, :])[0, 0]
+    on_device = torch.tensor(cu_seqlens, device=model.device)
+    padded = make_batch(table, chosen, lengths.max())
+    packed = make_batch(table, chosen, lengths.max(), int(cu_seqlens[-1]), on_device)
+    padding = ~padded["real"][:, :, None]  # there both are minus infinity
+    model.eval()
+    packed_logits = span_logits(model, packed, args).masked_fill(padding, 0)
+    model.set_attn_implementation("sdpa")
+    padded_logits = span_logits(model, padded, args).masked_fill(padding, 0)
+    model.set_attn_implementation(args.attention)
+    difference = (packed_logits - padded_logits).abs().max().item()
+    largest = padded_logits.abs().max().item()
+    rounding = 1e-3 if args.precision == "fp32" else 0.1
+    if not difference <= rounding * largest:  # NaN is wrong too
+        what = f"logits of up to {largest:.2g} differ from padded ones by {difference:.2g}"
+        raise Problem(f"--batching packed is wrong with this model here ({what}): give bucketed")
+
+
+def configure_libraries(args):
+    """Sets what transformers and torch do for all of the process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, rounds dropout
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    environment = subprocess.run([sys.executable, REPORT, "--environment"], capture_output=True)
-    environment = json.loads(environment.stdout or "{}")
-    what = f"{'the sample' if args.sample else args.model}, {args.precision} on {args.device_type}"
-    log(f"{HERE.name}: {what}, {args.batching}, to {output}")
-    _lock = open_output(output) if not args.prepare else None  # held to the end
-    _ = [os.stat(path) for path in (args.train_file, args.validation_file) if path]  # or told late
+    # cuDNN's attention plans anew for each shape, and knows dropout in sixteenths only.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def prepare(args):
+    """Returns the tokenizer, the model, and the features to train and to evaluate on."""
     tokenizer, config = load_tokenizer(args)
-    begin = time.perf_counter()
-    features = prepare_features(args.train_file, "train", tokenizer, args)
-    validation = prepare_features(args.validation_file, "validation", tokenizer, args)
-    prepared = time.perf_counter() - begin
-    counts, how = len(features["lengths"]), "cached" if features["cached"] else "built"
-    log(f"{counts:,} and {len(validation['lengths']):,} features, {how}, in {prepared:.1f} s")
-    model = load_model(args, config).to(device)
-    if args.prepare:
-        return log(f"ready: model, data, features ({CACHE}): the runs need no internet now")
-    for each in (features, validation):  # on the device once and for all: 60 MB for all of SQuAD
-        names = ("tokens", "begin", "lengths", "first", "start", "end")
-        each["table"] = {name: torch.tensor(each[name], device=device) for name in names}
-    state = {"step": 0, "intervals": [], "operators": "", "resumed_from_steps": []}
-    state |= {"repeated_steps": 0, "beside": {"checkpoint": 0.0, "profile": 0.0, "log": 0.0}}
-    training, clock = SpanModel(model, args), Clock(device)
-    optimizer, names = make_optimizer(model, args)
-    plan, steps = None, 0
-    if args.epochs:
-        may_differ = "validation_file device device_type compile fused output log_every save_every"
-        may_differ += " profile prepare strategy gradients"
-        settings = {n: value for n, value in vars(args).items() if n not in may_differ.split()}
-        settings |= {"model": Path(args.model).name, "train_file": features["key"]}
-        resume(output, model, optimizer, names, state, settings)
-        plan = plan_training(features["lengths"], args)
-        steps, an_epoch = len(plan["shares"]), plan["steps_an_epoch"]
-        hours = 6 * model.num_parameters(exclude_embeddings=True) * plan["computed"].sum() / 3600
-        hours /= 2e10 * torch.get_num_threads()  # FLOP/s: a core's, when training
-        what = f"{steps:,} steps ({an_epoch:,} an epoch) of {args.batch_size} features"
-        on_purpose = args.device != "auto" or args.device_type == "cuda" or hours < CPU_HOURS
-        mend = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
-        require(on_purpose, f"{what} take a CPU about {hours:.0f} hours: {mend}")
-        log(f"{what}, {args.accumulate} x {plan['shares'].shape[2]} at most on a rank")
-        args.compile = bool(args.compile and compile_layers(model))
-        save = functools.partial(save_checkpoint, output, model, optimizer, names, state, settings)
-        if state["step"] < steps:
-            train(args, device, output, training, clock, optimizer, features, plan, state, save)
-    begin, done = time.perf_counter(), state["step"] == steps
-    predictions = evaluate_model(args, device, model, validation) if done else None
-    if predictions is None:
-        if os.environ.get("REQUEUE_MARKER"):  # asks SLURM's script to requeue
-            Path(os.environ["REQUEUE_MARKER"]).write_text("".join(STOP[:1]))
-        what = f"stopped by {' '.join(STOP[:1]) or 'a signal'} at step {state['step']:,}"
-        return log(f"{what}: the same command with --output {output} goes on")
-    results = {"evaluate_seconds": time.perf_counter() - begin, "prepare_seconds": prepared} | state
-    results |= {"predictions": predictions, "texts": validation["texts"], "command": sys.argv}
-    results |= {"arguments": vars(args), "environment": environment, "train_features": counts}
-    results |= {"train_tokens": int(features["lengths"].sum()), "features_cached": how == "cached"}
-    results |= {"peak_memory_gib": peak_memory(device), "world_size": 1, "nodes": 1}
+    model = load_model(args, config)
+    features = load_features(args.train_file, "train", tokenizer, args)
+    validation = load_features(args.validation_file, "validation", tokenizer, args)
+    seconds = features["seconds"] + validation["seconds"]
+    how = "from the cache" if features["cached"] else "built"
+    counts = f"{len(features['lengths']):,} and {len(validation['lengths']):,} features"
+    log(f"{counts} to train and to evaluate on, {how} in {seconds:.1f} s")
+    return tokenizer, model, features, validation
+
+
+def move_to_device(args, model, tokenizer, features, validation, plan, device):
+    """Moves to the device all that training and evaluation take; checks and compiles the model."""
+    model.to(device)
+    features["table"] = feature_table(features, tokenizer, model, device)
+    validation["table"] = feature_table(validation, tokenizer, model, device)
     if plan:
-        results["steps_an_epoch"] = plan["steps_an_epoch"]
-        results |= {f"{n}_per_step": plan[n].tolist() for n in ("tokens", "computed")}
-    for saved in (model, tokenizer):
-        saved.save_pretrained(output / "model.tmp")
-    shutil.rmtree(output / "model", ignore_errors=True)  # a killed life's
-    (output / "model.tmp").replace(output / "model")
-    results["total_seconds"] = time.perf_counter() - STARTED
-    finish = [sys.executable, REPORT, "--finish", output]  # scores, derives, shows; results.json
-    failed = subprocess.run(finish, input=json.dumps(results), text=True).returncode
-    require(not failed, f"{REPORT} failed: mend it, and the same command goes on", 1)
-    for name in ("checkpoint.pt", ".lock"):
+        plan_to_device(plan, device)
+        log_plan(args, plan)
+    if args.batching == "packed":
+        check_packed_attention(args, model, validation)
+    args.compile = args.compile and compile_layers(model)
+
+
+def finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer):
+    """Writes what a run leaves. results.json comes last: where it is, all is there."""
+    environment = describe_environment(model.device)
+    results = make_results(args, model, features, validation, plan, state, environment)
+    timings = make_timings(plan, state, results["train_seconds"])
+    save_model(output, model, tokenizer)
+    write_json(output / "predictions.json", predictions)
+    write_json(output / "timings.json", timings)
+    finish_board(writer, args, results, timings)
+    writer.close()
+    write_json(output / "results.json", results)
+    for name in ("checkpoint.pt", ".lock", "stop"):
         (output / name).unlink(missing_ok=True)
+    log(f"\n--- results in {output}\n{describe(results, timings)}\n{'-' * 72}")
+    log(f"look: tensorboard --logdir {shlex.quote(str(output.parent))}")
+
+
+def run(args):
+    """The whole run, from the arguments to the results. Returns the exit code."""
+    output = Path(args.output) if args.output else None  # None: only prepares
+    if output and (output / "results.json").exists():
+        log(f"{output} holds a finished run and is left alone: choose another --output")
+        return 0
+    configure_libraries(args)
+    check_files(args)
+    lock = open_output(output) if output else None  # noqa: F841 held until the end
+    model_name = "the sample, from random weights" if args.sample else args.model
+    where = f"{args.precision} on {args.device_type}, {args.batching}"
+    log(f"{HERE.name}: {model_name}, {where}" + (f", to {output}" if output else ""))
+    tokenizer, model, features, validation = prepare(args)
+    plan = plan_training(features["lengths"], args) if args.epochs else None
+    steps = len(plan["features"]) if plan else 0
+    settings = settings_of(args, features)
+    checkpoint = load_checkpoint(output, settings) if output else None
+    if output:
+        check_cpu_hours(args, model, plan)
+    if args.prepare:
+        log(f"ready: model, data and features ({CACHE}); a run needs no internet now")
+        return 0
+
+    device = torch.device(args.device_type)
+    move_to_device(args, model, tokenizer, features, validation, plan, device)
+    span_model = SpanModel(model, args)
+    clock = Clock(device)
+    optimizer = make_optimizer(model, args)
+    state = new_state()
+    if checkpoint:
+        restore(checkpoint, model, optimizer, state)
+    del checkpoint  # as large as weights and optimizer state together
+    writer = open_writer(output, state)
+    save = functools.partial(save_checkpoint, output, model, optimizer, state, settings)
+    evaluate = functools.partial(
+        evaluate_model, args, output, model, validation, plan, state, writer
+    )
+    train(args, output, span_model, optimizer, features, plan, clock, state, writer, save, evaluate)
+    predictions = evaluate() if state["step"] == steps else None
+    if predictions is None:
+        return stopped(output, state)
+    finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer)
+    return 0
+
+
+def log_plan(args, plan):
+    """Says how much there is to do."""
+    steps, micro_batches, rows = plan["features"].shape
+    log(
+        f"{steps:,} steps ({plan['steps_per_epoch']:,} per epoch) of {args.batch_size} features;"
+        f" micro-batches per step: {micro_batches}, of at most {rows} features"
+    )
+
+
+def stopped(output, state):
+    """Says how to go on, and returns the exit code of a run that was asked to stop."""
+    (output / "stop").unlink(missing_ok=True)  # or the next start would stop too
+    reason = STOP_SIGNALS[0] if STOP_SIGNALS else "another process"
+    step = state["step"]
+    log(f"stopped by {reason} at step {step:,}: the same command with --output {output} goes on")
+    return STOPPED
+
+
+def note_signal(number, frame):
+    """Keeps a signal for stop_requested: the training is saved between two steps, never in one."""
+    STOP_SIGNALS.append(signal.Signals(number).name)
+
+
+def explain(error):
+    """Returns the line that says what is wrong and how to fix it, and the exit code."""
+    if isinstance(error, Problem):
+        return " ".join(str(error).split()), error.exit_code
+    if isinstance(error, OSError):
+        path = error.filename or "a file in --output"
+        return f"{path}: {error.strerror}: fix that, or give another path", 2
+    return f"out of memory: raise --accumulate ({str(error)[:150]})", 1
 
 
 def main():
-    message, code = "", 0
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note_signal)
     try:
-        run(parse_arguments())
-    except (argparse.ArgumentError, safetensors.SafetensorError) as error:  # the disk is full
-        message, code = str(error), 2
-    except Problem as problem:
-        message, code = (*problem.args, 2)[:2]
-    except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}: mend it, or give another path", 2
-    except torch.OutOfMemoryError as error:
-        what, code = f"error: out of memory: raise --accumulate ({str(error)[:150]})", 1
-        print(what, file=sys.stderr, flush=True)  # whichever rank it is
-    if message:
-        log("error:", " ".join(message.split())[:600], file=sys.stderr)
-    sys.exit(code)
+        exit_code = run(parse_arguments())
+    except (Problem, OSError, torch.OutOfMemoryError) as error:
+        message, exit_code = explain(error)
+        log(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":
