@@ -1,13 +1,9 @@
-# Source this with bash: it makes the virtual environment (once), enters it, and sets where things are kept.
+# Source this with bash: it makes the virtual environment (once), enters it, and sets where things
+# are kept. README.md has the table of what may be set beforehand: STORE, VENV, PYTHON, MODULES,
+# TORCH_INDEX, TORCH_VERSION, HF_HOME, SQUAD_CACHE, TORCHINDUCTOR_CACHE_DIR.
 #
 #   source baseline/env.sh && pytest
 #
-# Each of these may be set beforehand; README.md has the table of them:
-#   VENV           one that exists is used as it is and never changed; else it is made here ($STORE/bert-squad/venv or .venv)
-#   PYTHON         the Python to make it with, 3.10 or newer
-#   MODULES        modules to load first ("cesga/2020 python/3.10.8" where the cluster has them; "" for none)
-#   TORCH_INDEX    where torch's wheels come from, as https://download.pytorch.org/whl/cu126; TORCH_VERSION which
-#   HF_HOME        models and data from the hub;  SQUAD_CACHE  features;  TORCHINDUCTOR_CACHE_DIR  compiled code
 # shellcheck shell=bash
 
 if [ -z "${BASH_VERSION:-}" ] || [ "${BASH_SOURCE[0]}" = "$0" ]; then
@@ -18,210 +14,178 @@ fi
 
 _env_say() { echo "env.sh: $*" >&2; }
 
-# Inside the functions the caller's `set -e` is off (they are called with ||), so every step checks itself.
-
-_env_modules() {
-    local loaded=${LOADEDMODULES:-} flags=$- code=0
-    type module >/dev/null 2>&1 || return 0
-    set +u  # modules' own code is seldom fit for it
-    if [ -n "${MODULES+set}" ]; then
-        # shellcheck disable=SC2086  # a list of words
-        [ -z "$MODULES" ] || module load $MODULES || code=1
-        [ "$code" = 0 ] || _env_say "MODULES=\"$MODULES\" cannot be loaded: module avail lists what there is"
-    elif [[ $loaded != *python/* && $loaded != *conda* ]]; then
-        # The course's Python. Elsewhere it is not known, and that is no fault.
-        module load cesga/2020 python/3.10.8 >/dev/null 2>&1 || true
-    fi
-    case $flags in *u*) set -u ;; esac
-    return $code
-}
-
-_env_python() {  # prints the interpreter to make the venv with
-    local try found
-    local tries=(python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
-    [ -z "${PYTHON:-}" ] || tries=("$PYTHON")
-    for try in "${tries[@]}"; do
-        found=$("$try" -c 'import sys, venv, ensurepip; sys.version_info >= (3, 10) and print(sys.executable)' 2>/dev/null)
-        if [ -n "$found" ]; then echo "$found"; return; fi
-    done
-    found=$("${tries[0]}" -c 'import sys; print("is", sys.version.split()[0])' 2>/dev/null) || found="is not there"
-    _env_say "needs Python 3.10 or newer with venv and pip (${tries[0]} $found): load a module, install python3-venv, or set PYTHON=/path/to/python3"
-    return 1
-}
-
-_env_torch_index() {  # prints where this machine's torch comes from; nothing for pip's own default (the newest CUDA)
-    local python=$1 cuda index
-    cuda=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9]*\)\..*/\1/p')
-    if [ -n "$cuda" ]; then
-        [ "$cuda" -lt 13 ] || return 0
-        index=https://download.pytorch.org/whl/cu126  # runs on every driver for CUDA 12; newer wheels want CUDA 13
-    elif command -v sbatch >/dev/null; then
-        index=https://download.pytorch.org/whl/cu126  # a login node: the nodes' drivers are seldom the newest
-    else
-        index=https://download.pytorch.org/whl/cpu  # no GPU: a tenth of the download
-    fi
-    if timeout 5 "$python" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' "$index/torch/" 2>/dev/null; then
-        echo "$index"
-    else
-        _env_say "$index cannot be reached: torch comes from pip's default (TORCH_INDEX chooses another)"
-    fi
-}
-
-_env_pip() {  # shows how far it is, keeps all the rest in a log
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV/bin/python" -m pip install --no-cache-dir --progress-bar off "$@" 2>&1 |
-        tee -a "$VENV/pip.log" | awk '
-            /^(Collecting|Processing) / { if (++n % 15 == 1) { print "  getting " $2 " and what it needs ..."; fflush() } }
-            /^Installing collected/ { print "  installing " NF - 3 " packages ..."; fflush() }
-            /^ERROR/ { print "  " $0; fflush() }' >&2
-    return "${PIPESTATUS[0]}"
-}
-
-_env_torch() {  # torch first: it may come from an index of its own, which is no place for the rest
-    local index=$_env_index torch
-    mapfile -t torch < <(grep '^torch==' "$_env_root/requirements.txt")
-    [ -z "${TORCH_VERSION:-}" ] || torch=("torch==$TORCH_VERSION")
-    [ "${#torch[@]}" -gt 0 ] || return 0
-    if [ -z "$index" ]; then
-        index=$(_env_torch_index "$1")
-        [ -z "$index" ] || ! _env_pip --index-url "$index" "${torch[@]}" || return 0
-        index=''
-    fi
-    _env_pip ${index:+--index-url "$index"} "${torch[@]}"
-}
-
-_env_lock() {  # waits until $VENV.lock is ours. A folder, since flock is not to be had on every shared file system
-    local lock=$VENV.lock me=$BASHPID here told='' still=0 old='' beat host pid
-    here=$(uname -n)  # not $HOSTNAME, which a job may bring from the login node
-    until mkdir "$lock" 2>/dev/null; do
-        [ -d "$lock" ] || { _env_say "cannot make $VENV: set VENV to a folder that you can write"; return 1; }
-        [ -n "$told" ] || _env_say "another start is making $VENV: waiting for it"
-        told=1
-        sleep 0.5
-        beat=$(cat "$lock/beat" 2>/dev/null)
-        if [ "$beat" = "$old" ]; then still=$((still + 1)); else still=0 old=$beat; fi
-        read -r host pid _ <<<"$beat"
-        # Its owner is dead: no longer on this machine, or on another one and without a sign for two minutes.
-        if [ "$still" -ge 240 ] || { [ "$host" = "$here" ] && ! kill -0 "$pid" 2>/dev/null; }; then
-            mv -T "$lock" "$lock.$me" 2>/dev/null || continue
-            if [ "$(cat "$lock.$me/beat" 2>/dev/null)" = "$beat" ]; then rm -rf "$lock.$me"; else mv -T "$lock.$me" "$lock"; fi
-        fi
-    done
-    echo "$here $me 0" >"$lock/beat"
-    while sleep 10 && kill -0 "$me"; do echo "$here $me $SECONDS" >"$lock/beat" || break; done >/dev/null 2>&1 &
-    _env_beat=$!
-    trap 'kill "$_env_beat" 2>/dev/null; rm -rf "$VENV.lock"' EXIT
-}
-
-_env_current() {  # whether the venv is ours and has what requirements.txt and TORCH_* ask for
-    local sum='' index='' version=''
-    [ -x "$VENV/bin/python" ] && { read -r sum; read -r index; read -r version; } 2>/dev/null <"$VENV/$_env_stamp"
-    _env_index=${TORCH_INDEX:-$index}
-    [ "$sum" = "$_env_sum" ] && [ "$_env_index" = "$index" ] && [ "${TORCH_VERSION:-$version}" = "$version" ]
-}
-
-_env_make() (  # a subshell, for its trap
-    mkdir -p "$(dirname "$VENV")" 2>/dev/null
-    _env_lock || exit 1
-    if _env_current; then exit 0; fi  # another start has made it while we waited
-    python=$(_env_python) || exit 1
-    state='' old=''
-    { read -r state; read -r old; } 2>/dev/null <"$VENV/$_env_stamp"
-    # A start that was killed leaves a venv that the next one makes anew: the stamp says that it is ours and not whole.
-    { mkdir -p "$VENV" && printf 'under way\n%s\n' "$old" >"$VENV/$_env_stamp" && : >"$VENV/pip.log"; } || exit 1
-    _env_say "making $VENV with $("$python" -V); all of it is in $VENV/pip.log"
-    if [ "${state:-under way}" = "under way" ] || ! "$VENV/bin/python" -c '' 2>/dev/null; then
-        rm -rf "${VENV:?}"/{bin,lib,lib64,include,pyvenv.cfg}
-        "$python" -m venv "$VENV" || { _env_say "python -m venv failed: set PYTHON to another Python"; exit 1; }
-    fi
-    if [ -n "${TORCH_INDEX:-}" ] && [ "$TORCH_INDEX" != "$old" ]; then  # the same version from elsewhere: pip would keep it
-        "$VENV/bin/python" -m pip uninstall -q -y torch >/dev/null 2>&1
-    fi
-    grep -v '^torch==' "$_env_root/requirements.txt" >"$VENV/requirements.txt"
-    if ! _env_torch "$python" || ! _env_pip -r "$VENV/requirements.txt"; then
-        _env_say "pip failed, see $VENV/pip.log: $(grep '^ERROR' "$VENV/pip.log" | tail -n 1 | cut -c 1-200)." \
-            "Where nodes have no internet, run baseline/prepare.sh on the login node"
-        exit 1
-    fi
-    printf '%s\n' "$_env_sum" "$_env_index" "${TORCH_VERSION:-}" >"$VENV/$_env_stamp"
-)
-
-_env_check() {  # a venv of the user's own: has it what train.py needs? Reads the packages' names only, so it is quick
-    "$VENV/bin/python" -s - "$VENV" <<'END'
-import sys
-from importlib import metadata
-
-needed = {"torch": (2, 11), "transformers": (5, 17), "datasets": (5, 0), "tensorboard": (2, 19), "matplotlib": (3, 8)}
-wrong = [] if sys.version_info >= (3, 10) else [f"Python 3.10 (has {sys.version.split()[0]})"]
-for name, least in needed.items():
-    text = ".".join(map(str, least))
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        wrong.append(f"{name}>={text}")
-    else:
-        if tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split("+")[0].split(".")[:2]) < least:
-            wrong.append(f"{name}>={text} (has {found})")
-if wrong:
-    sys.exit(f"env.sh: VENV={sys.argv[1]} is used as it is and lacks {', '.join(wrong)}: install that in it, or unset VENV to have one made")
-END
-}
-
-_env_gpus() {  # sets GPU_COUNT; on a node with GPUs that torch cannot use it stops. Costs an import of torch there, nothing elsewhere
-    local seen
-    export GPU_COUNT=0
-    [[ ${CUDA_VISIBLE_DEVICES-0} =~ ^[^-] ]] || return 0  # "" or -1: the user wants the CPU
-    nvidia-smi -L 2>/dev/null | grep '^GPU' >/dev/null || return 0
-    seen=$("$VENV/bin/python" -W ignore -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.__version__)')
-    GPU_COUNT=${seen%% *}
-    [ "${GPU_COUNT:-0}" -gt 0 ] && return
-    local driver mend="VENV= TORCH_INDEX=https://download.pytorch.org/whl/cu126 bash baseline/prepare.sh"
-    [ "$_env_ours" = yes ] && mend=${mend#VENV= }
-    driver=$(nvidia-smi | sed -n 's/.*Driver Version: *\([0-9.]*\).*CUDA[A-Za-z ]*Version: *\([0-9.]*\).*/driver \1, for CUDA up to \2/p')
-    _env_say "$(uname -n) has GPUs, but torch ${seen#* } sees none ($driver). Where there is internet: $mend (or CUDA_VISIBLE_DEVICES= to go on without a GPU)"
-    return 1
-}
-
 _env_main() {
-    local _env_root _env_sum _env_index='' _env_ours=yes _env_stamp=.made-by-env.sh
-    _env_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
-    if [ -n "${STORE:-}" ]; then  # FinisTerrae III: $HOME is too small for venv, models and caches
-        : "${VENV:=$STORE/bert-squad/venv}" "${HF_HOME:=$STORE/bert-squad/huggingface}" "${SQUAD_CACHE:=$STORE/bert-squad/cache}"
-        export HF_HOME
+    local - root stamp torch_index torch_version wanted pytest_options
+    set +uC  # until the end of this function: modules' own code is seldom fit for the caller's -u
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
+
+    if [ -n "$STORE" ]; then  # FinisTerrae III: $HOME is too small for venv, models and caches
+        VENV=${VENV:-$STORE/bert-squad/venv}
+        SQUAD_CACHE=${SQUAD_CACHE:-$STORE/bert-squad/cache}
+        export HF_HOME=${HF_HOME:-$STORE/bert-squad/huggingface}
     fi
-    : "${VENV:=$_env_root/.venv}" "${SQUAD_CACHE:=$_env_root/.cache}"
-    VENV=$(realpath -ms "$VENV") && SQUAD_CACHE=$(realpath -ms "$SQUAD_CACHE") || return 1
+    VENV=$(realpath -ms "${VENV:-$root/.venv}") || return 1
+    SQUAD_CACHE=$(realpath -ms "${SQUAD_CACHE:-$root/.cache}") || return 1
     export SQUAD_CACHE TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SQUAD_CACHE/inductor}
-    export PYTHONNOUSERSITE=1  # what lies in ~/.local would shadow the venv
-    if [ -e "$SQUAD_CACHE/prepared" ]; then  # prepare.sh has run: without these a node with no internet waits for the hub
+    if [ -e "$SQUAD_CACHE/prepared" ]; then
+        # prepare.sh has run. Without these, nodes with no internet would wait for the hub.
         export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_EVALUATE_OFFLINE=${HF_EVALUATE_OFFLINE:-1}
     fi
 
-    _env_modules || return 1
-    unset PYTHONPATH  # a module's packages would shadow the venv, and pip would take them for installed
-    _env_sum=$(cksum <"$_env_root/requirements.txt") || return 1
-    if [ -x "$VENV/bin/python" ] && [ ! -e "$VENV/$_env_stamp" ]; then
-        _env_ours=no
+    if type module >/dev/null 2>&1; then
+        if [ -n "$MODULES" ]; then
+            # shellcheck disable=SC2086  # a list of words
+            if ! module load $MODULES >&2; then
+                _env_say "MODULES=\"$MODULES\" cannot be loaded: module avail lists what there is"
+                return 1
+            fi
+        elif [ -z "${MODULES+set}" ] && [[ ! $LOADEDMODULES =~ python/|conda ]]; then
+            module load cesga/2020 python/3.10.8 >/dev/null 2>&1  # not every cluster has them
+        fi
+    fi
+    # Packages of a module, or of ~/.local, would shadow the venv's.
+    unset PYTHONPATH PYTHONHOME
+    export PYTHONNOUSERSITE=1
+
+    stamp=$VENV/.made-by-env.sh
+    if [ -z "$(ls -A "$VENV" 2>/dev/null)" ] || [ -e "$stamp" ]; then
+        _env_is_current || { mkdir -p "$VENV" && _env_make; } || return 1
+    elif [ -x "$VENV/bin/python" ]; then
         _env_check || return 1
-    elif [ ! -e "$VENV/$_env_stamp" ] && [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then
-        _env_say "VENV=$VENV holds something else than a virtual environment: set it to another folder"
-        return 1
     else
-        _env_current || _env_make || return 1
+        _env_say "VENV=$VENV holds something else than a virtual environment: set another folder"
+        return 1
     fi
     export VIRTUAL_ENV=$VENV
-    [[ $PATH == "$VENV/bin:"* ]] || export PATH="$VENV/bin:$PATH"
-    unset PYTHONHOME
+    if [[ $PATH != "$VENV/bin:"* ]]; then export PATH=$VENV/bin:$PATH; fi
 
-    # pytest needs its settings from here, since the root has no file for them.
-    local options  # quoted, as any character may stand in the folder's name
-    printf -v options -- '-c %q --rootdir=%q' "$_env_root/baseline/tests/pytest.ini" "$_env_root"
-    [[ ${PYTEST_ADDOPTS:-} == *"$options"* ]] || export PYTEST_ADDOPTS="$options${PYTEST_ADDOPTS:+ $PYTEST_ADDOPTS}"
+    # pytest's settings, as the root has no file for them; %q since the path may have a space.
+    printf -v pytest_options -- '-c %q --rootdir=%q' "$root/baseline/tests/pytest.ini" "$root"
+    if [[ $PYTEST_ADDOPTS != *"$pytest_options"* ]]; then
+        export PYTEST_ADDOPTS="$pytest_options${PYTEST_ADDOPTS:+ $PYTEST_ADDOPTS}"
+    fi
     _env_gpus
 }
 
-_env_code=0
-_env_main || _env_code=1
-mapfile -t _env_names < <(compgen -A function _env_)
-unset -f "${_env_names[@]}"
-unset _env_names
-[ "$_env_code" = 0 ]
+# Whether the venv is what requirements.txt and TORCH_* ask for: its stamp, which is written last,
+# holds what it was made from. What TORCH_* were then counts where they are not set now, as in jobs.
+_env_is_current() {
+    local recorded=()
+    mapfile -t recorded 2>/dev/null <"$stamp"
+    torch_index=${TORCH_INDEX:-${recorded[1]}}
+    torch_version=${TORCH_VERSION:-${recorded[2]}}
+    wanted=$(cksum <"$root/requirements.txt"; printf '%s\n' "$torch_index" "$torch_version")
+    [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp")" = "$wanted" ]
+}
+
+# Makes the venv, or updates it. Meanwhile it locks the stamp, and another start waits. The system
+# ends a lock with its process, so a killed start leaves none.
+_env_make() (
+    exec 9>>"$stamp" || exit 1
+    if ! flock -n 9; then
+        _env_say "another start is making $VENV: waiting for it"
+        flock 9 || _env_say "this file system has no locks: going on without"
+    fi
+    if _env_is_current; then exit 0; fi
+
+    if [ -s "$stamp" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        _env_say "updating $VENV: requirements.txt or TORCH_* have changed"
+        printf '%s\n' unfinished "$torch_index" "$torch_version" >"$stamp"
+        # pip would keep a torch of the same version from another index.
+        if [ -n "$TORCH_INDEX" ]; then _env_pip uninstall --quiet --yes torch; fi
+    else  # there is none, or one that a killed start has left
+        python=${PYTHON:-python3}
+        check='import sys, venv, ensurepip; assert sys.version_info >= (3, 10)'
+        if ! "$python" -c "$check" 2>/dev/null; then
+            _env_say "needs Python 3.10 or newer with venv, $python is: $("$python" -V 2>&1)." \
+                "Load a module, install python3-venv, or set PYTHON=/path/to/python3"
+            exit 1
+        fi
+        _env_say "making $VENV with $("$python" -V), once: this takes 2 to 15 minutes"
+        rm -rf "${VENV:?}"/{bin,include,lib,lib64,pyvenv.cfg}
+        "$python" -m venv "$VENV" || exit 1
+    fi
+
+    # torch first, as its index is no place for the rest.
+    index=${torch_index:-$(_env_torch_index)}
+    mapfile -t torch < <(grep '^torch==' "$root/requirements.txt")
+    if [ -n "$torch_version" ]; then torch=("torch==$torch_version"); fi
+    _env_say "torch comes from ${index:-the index that pip has by default}"
+    if ! _env_pip install ${index:+--index-url "$index"} "${torch[@]}" ||
+        ! _env_pip install -r <(grep -v '^torch==' "$root/requirements.txt"); then
+        _env_say "pip failed, see above. Where nodes have no internet, it has to be made on the" \
+            "login node: bash baseline/prepare.sh"
+        exit 1
+    fi
+    echo "$wanted" >"$stamp"
+)
+
+_env_pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-cache-dir "$@" >&2; }
+
+# Prints where the torch for this machine's driver is; nothing for pip's default, the newest CUDA.
+_env_torch_index() {
+    local cuda index=https://download.pytorch.org/whl
+    cuda=$(nvidia-smi 2>/dev/null | grep -o 'CUDA[A-Za-z ]*Version: *[0-9]*' | grep -o '[0-9]*$')
+    if [ "${cuda:-0}" -ge 13 ]; then
+        return
+    elif [ -n "$cuda" ] || command -v sbatch >/dev/null; then
+        index+=/cu126  # fits all drivers of CUDA 12; a login node cannot see those of the others
+    else
+        index+=/cpu
+    fi
+    if command -v curl >/dev/null && ! curl -sfI -m 5 "$index/torch/" >/dev/null; then
+        _env_say "$index cannot be reached (TORCH_INDEX can name another)"
+    else
+        echo "$index"
+    fi
+}
+
+# Whether a venv of the user's own has what train.py needs; only reads it, and is quick.
+_env_check() {
+    local lacks
+    lacks=$("$VENV/bin/python" - <<'END'
+import re
+from importlib.metadata import distributions
+
+versions = {package.metadata["Name"]: package.version for package in distributions()}
+needed = {"torch": (2, 11), "transformers": (5, 17), "datasets": (5, 0),
+          "tensorboard": (2, 19), "matplotlib": (3, 8)}
+for name, (major, minor) in needed.items():
+    has = versions.get(name, "none")
+    numbers = [int(number) for number in re.findall(r"\d+", has)]
+    if numbers < [major, minor]:
+        print(f"{name}>={major}.{minor} (has {has})")
+END
+    ) || return 1
+    [ -n "$lacks" ] || return 0
+    _env_say "VENV=$VENV is used as it is and lacks ${lacks//$'\n'/, }:" \
+        "install that in it, or unset VENV to have one made"
+    return 1
+}
+
+# Sets GPU_COUNT, and fails on a node with GPUs that torch cannot use. Quick where there are none.
+_env_gpus() {
+    local answer driver fix=TORCH_INDEX=https://download.pytorch.org/whl/cu126
+    export GPU_COUNT=0
+    [[ ${CUDA_VISIBLE_DEVICES-0} =~ ^[^-] ]] || return 0  # "" or -1: the user wants the CPU
+    [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]] || return 0
+    if ! answer=$("$VENV/bin/python" -W ignore -c 'import torch
+print(torch.__version__, torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>&1); then
+        _env_say "torch cannot be imported: ${answer##*$'\n'}"
+        return 1
+    fi
+    answer=${answer##*$'\n'}  # the last line: warnings come before it
+    GPU_COUNT=${answer##* }
+    if [ "$GPU_COUNT" != 0 ]; then return 0; fi
+    driver=$(nvidia-smi | grep -o 'Version.*[0-9]' | tr -s '| ' ' ')
+    if [ ! -e "$stamp" ]; then fix="VENV= $fix"; fi  # not for the user's own
+    _env_say "$(uname -n) has GPUs, but torch ${answer% *} sees none (driver: $driver)." \
+        "Where there is internet: $fix bash baseline/prepare.sh" \
+        "(or CUDA_VISIBLE_DEVICES= to go on without a GPU)"
+    return 1
+}
+
+_env_status=0
+_env_main || _env_status=1
+unset -f _env_say _env_main _env_is_current _env_make _env_pip _env_torch_index _env_check _env_gpus
+[ "$_env_status" = 0 ]
