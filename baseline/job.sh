@@ -1,46 +1,141 @@
-# What the sbatch scripts share; each sources it after it has found $root. Enters the environment, says what starts where, then
-# offers job_wait, which passes signals on and lets a job queue itself again.
+# What the sbatch scripts share. Each sources it as soon as it has found the project, its $name set.
+# It chooses the run's folder, listens for signals and enters the environment; then it offers run,
+# finish_run and finish.
 # shellcheck shell=bash disable=SC2154
-source "$root/baseline/env.sh"
 
-say() { echo "${name:?}: $*" >&2; }
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+say() { echo "$name: $*" >&2; }
+
+# 1. The run's folder: the --output among the arguments, or a new one.
+
+# value_of OPTION DEFAULT ARGUMENT...: what the arguments give to the option
+value_of() {
+    local option=$1 value=$2 before='' argument
+    for argument in "${@:3}"; do
+        if [ "$before" = "$option" ]; then value=$argument; fi
+        if [[ $argument == "$option="* ]]; then value=${argument#*=}; fi
+        before=$argument
+    done
+    printf '%s\n' "$value"
+}
+output=$(value_of --output "runs/$name-${SLURM_JOB_ID:-$(date +%Y%m%d-%H%M%S)}" "$@")
+finished_before=''
+if [ -e "$output/results.json" ]; then finished_before=yes; fi
+
+# 2. Being asked to stop. A signal makes this script leave a file, $output/stop. train.py looks for
+# it between steps, saves and ends. So a request counts whatever is under way when it comes: pip,
+# imports, compiling. A person may ask in the same way: touch runs/.../stop
+
+# Only an earlier start's is removed: scaling.sbatch asks its runs by this file.
+if [ -z "${PART_OF:-}" ]; then rm -f -- "$output/stop"; fi
+
+stopped_by=''
+ask_to_stop() {
+    stopped_by=$1
+    say "asked to stop ($2), which may take a moment: what has been trained is saved"
+    if ! mkdir -p -- "$output" || ! touch -- "$output/stop"; then say "cannot tell train.py"; fi
+}
+trap 'ask_to_stop USR1 "the time is nearly up"' USR1  # from SLURM, by --signal
+trap 'ask_to_stop TERM "cancelled"' TERM              # from scancel
+trap 'ask_to_stop INT "Ctrl-C"' INT
+
+# run COMMAND...: runs it and returns its exit code, or 75 at once if asked to stop before.
+# The command starts deaf to the signals, which would end it before it can save.
+run() {
+    local code=0 pid
+    if [ -n "$stopped_by" ]; then return 75; fi
+    note_gpus before
+    (trap '' USR1 TERM INT; "$@") &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done  # a signal interrupts wait
+    wait "$pid" || code=$?
+    note_gpus after
+    return "$code"
+}
+
+# finish CODE: ends this script. A job that ran out of time first goes back to SLURM's queue.
+finish() {
+    local code=$1 job
+    rm -f -- "$output/stop"
+    # Asked to stop, and not finished: but a failure of its own (1, 2) stays one.
+    if [ -n "$stopped_by" ] && [[ $code != [12] ]] && [ ! -e "$output/results.json" ]; then
+        code=75
+        echo "$name: stopped before the end (exit code 75)"
+    fi
+    if [ "$code" = 75 ] && [ "$stopped_by" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+        # Of an array only this task: the array's last task has the array's own number.
+        job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+        job=${job:-$SLURM_JOB_ID}
+        echo "$name: job $job goes back to the queue and goes on later"
+        trap '' USR1 TERM  # SLURM ends this script now
+        scontrol requeue "$job" || say "it cannot: submit it again, with --output $output"
+    fi
+    exit "$code"
+}
+
+# finish_run CODE: the same after one training. It is finished where it has left results.json.
+finish_run() {
+    local code=$1
+    if [ -z "$finished_before" ] && [ -e "$output/results.json" ]; then
+        keep_machine_facts
+        python "$root/baseline/trace.py" --tensorboard "$output" 2>"$scratch/trace" ||
+            say "the profiled step is not drawn: $(tail -n 1 "$scratch/trace")"
+        code=0
+    fi
+    finish "$code"
+}
+
+# 3. What only the machine can tell, left beside the results for report.py. It never fails a run.
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+note_gpus() {  # before | after
+    local file=$scratch/nvidia-smi-$1.csv
+    local fields=name,driver_version,power.limit,power.draw,clocks.sm,clocks.max.sm,clocks.mem
+    local ask=(nvidia-smi --format=csv ${CUDA_VISIBLE_DEVICES:+--id="$CUDA_VISIBLE_DEVICES"})
+    fields+=,temperature.gpu
+    "${ask[@]}" --query-gpu="$fields,clocks_throttle_reasons.active" >"$file" 2>/dev/null ||
+        "${ask[@]}" --query-gpu="$fields" >"$file" 2>/dev/null || rm -f "$file"
+}
+
+keep_machine_facts() {  # where the run is finished
+    [ -e "$output/results.json" ] || return 0
+    if [ -n "${SLURMD_NODENAME:-}" ]; then
+        scontrol show node "$SLURMD_NODENAME" >"$scratch/slurm-node.txt" || true
+        echo "SLURM_JOB_CPUS_PER_NODE=${SLURM_JOB_CPUS_PER_NODE:-}" >>"$scratch/slurm-node.txt"
+    fi
+    cp -n "$scratch"/{nvidia-smi,slurm-node}* "$output" 2>/dev/null || true
+}
+
+# 4. The environment.
 
 commit=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null) || commit=unknown
-echo "$name: commit $commit on $(uname -n), job ${SLURM_JOB_ID:-none (no SLURM)}, life $((1 + ${SLURM_RESTART_COUNT:-0})), options:$(printf ' %q' "$@")"
+job="no SLURM"
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    job="SLURM job $SLURM_JOB_ID, start $((1 + ${SLURM_RESTART_COUNT:-0}))"
+    if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then echo; fi  # the log goes on
+fi
+options=" none"
+if [ $# != 0 ]; then printf -v options ' %q' "$@"; fi
+echo "$name: on $(uname -n), $job, commit $commit, options:$options"
 
-if [ -n "${SLURM_JOB_ID:-}" ] && command -v nvidia-smi >/dev/null && [ "$GPU_COUNT" -lt "${SLURM_GPUS_ON_NODE:-0}" ]; then
-    say "SLURM gave $SLURM_GPUS_ON_NODE GPUs, torch sees $GPU_COUNT on $(uname -n): leave this node out (sbatch -x) and tell the administrators"
+if ! source "$root/baseline/env.sh"; then
+    if [ -n "$stopped_by" ]; then finish 75; fi  # its pip may have died of the same signal
     exit 1
 fi
-cores=$(env -u OMP_NUM_THREADS nproc)  # nproc knows which cores this job may use, where SLURM binds it to them
-[ "$cores" -lt "${SLURM_CPUS_PER_TASK:-$cores}" ] || cores=${SLURM_CPUS_PER_TASK:-$cores}
+if command -v nvidia-smi >/dev/null && [ "$GPU_COUNT" -lt "${SLURM_GPUS_ON_NODE:-0}" ]; then
+    say "SLURM gave $SLURM_GPUS_ON_NODE GPUs on $(uname -n), torch sees $GPU_COUNT:" \
+        "leave this node out (sbatch -x) and tell the administrators"
+    exit 1
+fi
+cores=$(env -u OMP_NUM_THREADS nproc)  # nproc knows which cores this job may use, if SLURM binds it
+if [ "$cores" -gt "${SLURM_CPUS_PER_TASK:-$cores}" ]; then cores=$SLURM_CPUS_PER_TASK; fi
 
-# train.py leaves the marker when it was told to stop and has saved: a job goes back to the queue on that, not on an exit code.
-# DISTRIBUTED also leaves its exit code, which torchrun would lose. All nodes see this folder.
-job_folder=$PWD/runs/.job-${SLURM_JOB_ID:-$(uname -n)-$$}
-mkdir -p "$job_folder" 2>/dev/null || job_folder=$(mktemp -d)  # train.py will say what is wrong with $PWD/runs
-trap 'rm -rf "$job_folder"' EXIT
-rm -f "$job_folder"/*  # an earlier life's
-export REQUEUE_MARKER=$job_folder/requeue EXIT_CODE_FILE=$job_folder/exit-code PYTHONUNBUFFERED=1
-
-# job_wait PID...: waits for them and returns the first exit code that is not 0. The script has a function `tell SIGNAL`.
-stopped=''  # or the signal that came
-job_wait() {
-    local pid one code=0
-    trap 'stopped=USR1; tell USR1 || true' USR1       # from SLURM: the time is nearly up
-    trap 'stopped=TERM; tell TERM || true' TERM INT   # from a person: scancel, Ctrl-C
-    for pid in "$@"; do
-        while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done  # a signal ends a wait: wait again
-        one=0
-        wait "$pid" || one=$?
-        [ "$code" != 0 ] || code=$one
-    done
-    if [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
-    if [ -e "$REQUEUE_MARKER" ] && [ "$stopped" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-        rm -rf "$job_folder"
-        trap '' USR1 TERM  # requeueing ends this script
-        echo "$name: saved before the time was up; job $SLURM_JOB_ID goes back to the queue and goes on from there"
-        scontrol requeue "$SLURM_JOB_ID" || say "it cannot: the same command, with this run's --output, goes on from the checkpoint"
+use_one_gpu() {  # the first, where several are here: a whole node (--exclusive), or no SLURM
+    if [ "$GPU_COUNT" -gt 1 ]; then
+        local first=${CUDA_VISIBLE_DEVICES:-0}
+        export CUDA_VISIBLE_DEVICES=${first%%,*}
+        echo "$GPU_COUNT GPUs are here; one is used, CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
     fi
-    return "$code"
 }

@@ -21,7 +21,9 @@ CLUSTER = ROOT / ".ci/slurm-cluster"
 SHARED = ROOT.parent / "shared"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 SHORT = ["--sample", "--limit", "57", "--max-steps", "12", "--log-every", "2", "--no-profile"]
+LONG = ["--sample", "--epochs", "10", "--log-every", "2", "--no-profile"]
 ENDLESS = ["--sample", "--epochs", "200", "--log-every", "2", "--no-profile"]
+BOTH = pytest.mark.parametrize("script", ["baseline/run.sbatch", "DISTRIBUTED/run_2x2.sbatch"])
 
 
 def cluster(*words):
@@ -112,7 +114,7 @@ def slurm(tmp_path_factory):
     environment |= dict(re.findall(r"^export (\w+)=(\S+)$", up.stdout, re.MULTILINE))
     environment |= {"VENV": os.environ.get("VENV") or sys.prefix, "OMP_NUM_THREADS": "1"}
     environment |= {"SQUAD_CACHE": str(root.parent / "cache")}
-    for name in ("HF_HUB_OFFLINE", "RANK", "WORLD_SIZE", "ALL_REDUCE"):
+    for name in ("HF_HUB_OFFLINE", "RANK", "WORLD_SIZE"):
         environment.pop(name, None)
     one = Slurm(root, environment)
     yield one
@@ -133,6 +135,9 @@ def test_baseline_in_a_folder_with_a_space(slurm):
     results = slurm.result(f"runs/baseline-{job}")
     assert (results["steps"], results["world_size"]) == (12, 1)
     assert str(results["environment"]["slurm_job_id"]) == job
+    lines = (slurm.root / f"runs/baseline-{job}/slurm-node.txt").read_text().splitlines()
+    assert lines[0].startswith("NodeName=a100-0") and "CPUAlloc=32 " in "\n".join(lines)
+    assert lines[-1] == "SLURM_JOB_CPUS_PER_NODE=32"
 
 
 def test_four_ranks_on_two_nodes(slurm):
@@ -142,15 +147,23 @@ def test_four_ranks_on_two_nodes(slurm):
     log = slurm.done(job)
     results = slurm.result(f"runs/DISTRIBUTED-{job}")
     assert (results["world_size"], results["nodes"], results["steps"]) == (4, 2, 12)
-    assert re.search(
-        r"^node 0 of 2: c1-1 at \S*10.77.77.11.* meets the others at a100-01", log, re.MULTILINE
-    )
-    assert re.search(r"^node 1 of 2: c1-2 at \S*10.77.77.12", log, re.MULTILINE)
-    assert results["all_reduce"]["link"] == "gloo on eth0"
+    first = r"^node 0: c1-1 at \S*10.77.77.11.* meets the others at a100-01"
+    assert re.search(first, log, re.MULTILINE)
+    assert re.search(r"^node 1: c1-2 at \S*10.77.77.12", log, re.MULTILINE)
+    assert results["environment"]["hosts"] == ["c1-1", "c1-2"]
+    assert results["all_reduce"]["gigabytes_per_second"] > 0
     traces = (slurm.root / f"runs/DISTRIBUTED-{job}/tensorboard").glob("*.pt.trace.json*")
     assert sorted(file.name[:5] for file in traces) == ["rank0", "rank1", "rank2", "rank3"]
     ranks = slurm.result(f"runs/DISTRIBUTED-{job}", "timings.json")["ranks"]
     assert ranks["slowest"]["seconds"] >= ranks["fastest"]["seconds"]
+
+
+def test_bad_input_ends_with_2_before_any_rank_starts(slurm):
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", "--sample", "--batch-size", "3")
+    assert slurm.finish(job) == ("FAILED", "2:0")
+    log = slurm.log(job)
+    assert log.count("error:") == 1 and "error: --batch-size" in log and "Traceback" not in log
+    assert "node 0" not in log
 
 
 @pytest.mark.slow
@@ -164,8 +177,9 @@ def test_four_ranks_memorise_the_sample_as_baseline_does(slurm):
 
 
 STRATEGIES = {
-    "zero1": ["--strategy", "zero1"],
+    "zero2": ["--strategy", "zero2"],
     "fsdp": ["--strategy", "fsdp"],
+    "hsdp": ["--strategy", "hsdp"],
     "dp": ["--strategy", "dp", "--batching", "bucketed"],
     "bf16 gradients": ["--gradients", "bf16"],
 }
@@ -182,10 +196,10 @@ def test_each_strategy(slurm, name):
         return
     other = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *SHORT)
     slurm.done(other)
-    pairs = [
-        slurm.result(f"runs/DISTRIBUTED-{j}", "timings.json")["intervals"] for j in (job, other)
-    ]
-    losses = [[one["loss"] for one in each] for each in pairs]
+    losses = []
+    for number in (job, other):
+        timings = slurm.result(f"runs/DISTRIBUTED-{number}", "timings.json")
+        losses.append([interval["loss"] for interval in timings["intervals"]])
     close = 0.05 if name == "bf16 gradients" else 1e-4
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < close
 
@@ -203,80 +217,115 @@ def test_real_questions_on_two_nodes(slurm):
 
 @pytest.mark.slow
 def test_scaling_shortened(slurm):
-    job = slurm.submit(
-        "DISTRIBUTED/scaling.sbatch", *SHORT, SCALING_REPEATS="1", SCALING_RULES="strong"
-    )
+    shorter = {"SCALING_REPEATS": "1", "SCALING_RULES": "strong"}
+    job = slurm.submit("DISTRIBUTED/scaling.sbatch", *SHORT, **shorter)
     log = slurm.done(job, 900)
     for shape in ("1x1", "1x2", "2x1", "2x2"):
         assert re.search(rf"\| strong \| {shape} \|", log), log[-3000:]
-    assert "gloo on eth0" in log.split("batch rule")[1]
 
 
 # 2. Stopped, cancelled, cut
 
 
-def stopped_at(slurm, job, seconds=240):
+def begun(slurm, job, seconds=240):
     """Waits until training is under way."""
     slurm.wait(job, lambda: re.search(r"^step \d+/", slurm.log(job), re.MULTILINE), seconds)
 
 
+def processes(text):
+    """The command lines of the processes on the nodes that hold a text."""
+    found = []
+    for node in (1, 2):
+        pids = subprocess.run(
+            ["ip", "netns", "pids", f"node{node}"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+                if text.encode() in command:
+                    found.append(command.split(b"\0"))
+    return found
+
+
 @pytest.mark.slow
 def test_a_short_time_limit_finishes_through_requeues(slurm):
-    """SLURM's limits are in minutes and its warning can come a minute early, so a life of two
-    minutes trains for one, and 120 epochs take several lives."""
-    argv = [
-        "--sample",
-        "--epochs",
-        "120",
-        "--log-every",
-        "2",
-        "--no-profile",
-        "--output",
-        "runs/limit",
-    ]
-    job = slurm.submit(
-        "DISTRIBUTED/run_2x2.sbatch", *argv, options=["--time=2", "--signal=B:USR1@50"]
-    )
+    """SLURM's limits are in minutes and its warning can come a minute early, so a start of two
+    minutes trains for one, and 120 epochs take several starts."""
+    argv = [*LONG, "--epochs", "120", "--output", "runs/limit"]
+    options = ["--time=2", "--signal=B:USR1@50"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, options=options)
     log = slurm.done(job, 900)
     results = slurm.result("runs/limit")
     assert results["steps"] == 120 * 24 and len(results["resumed_from_steps"]) >= 1
     assert results["resumed_from_steps"] == sorted(set(results["resumed_from_steps"]))
-    assert results["repeated_steps"] == 0, "told to stop, it loses nothing"
     assert results["environment"]["restarts"] >= 1
-    assert "goes back to the queue" in log and "life 2" in log
+    assert "goes back to the queue" in log and f"job {job}, start 2" in log
+
+
+def test_the_warning_saves_and_requeues(slurm):
+    warning_saves_and_requeues(slurm, "DISTRIBUTED/run_2x2.sbatch", r"^step \d+/")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["baseline/run.sbatch", "DISTRIBUTED/run_2x2.sbatch"])
-def test_the_warning_saves_and_requeues(slurm, script):
-    argv = ["--sample", "--epochs", "10", "--log-every", "2", "--no-profile"]
-    output = f"runs/usr1-{script[:4]}"
-    job = slurm.submit(script, *argv, "--output", output)
-    stopped_at(slurm, job)
+@BOTH
+@pytest.mark.parametrize("moment", [r"^step \d+/", "features to train", "on c1-1"])
+def test_the_warning_at_other_moments(slurm, script, moment):
+    warning_saves_and_requeues(slurm, script, moment)
+
+
+def warning_saves_and_requeues(slurm, script, moment):
+    output = f"runs/usr1-{len(slurm.jobs)}"
+    job = slurm.submit(script, *LONG, "--output", output)
+    slurm.wait(job, lambda: re.search(moment, slurm.log(job), re.MULTILINE), 240)
     slurm("scancel", "--signal=USR1", "--batch", job)
-    slurm.done(job, 600)
+    log = slurm.done(job, 600)
     results = slurm.result(output)
-    assert len(results["resumed_from_steps"]) == 1 and results["repeated_steps"] == 0
-    assert results["steps"] == 240
+    assert results["steps"] == 240 and slurm.show(job, "Restarts") == "1"
+    assert log.count("asked to stop") == 1 and log.count("goes back to the queue") == 1
+    trained = "stopped by" in log
+    assert len(results["resumed_from_steps"]) == trained
+    assert trained or not moment.startswith("^step")
+    assert not (slurm.root / output / "stop").exists()
 
 
 @pytest.mark.slow
-def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm):
-    argv = [*ENDLESS, "--output", "runs/cancelled"]
-    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
-    stopped_at(slurm, job)
+def test_scaling_goes_back_to_the_queue_and_keeps_its_finished_runs(slurm):
+    shorter = {"SCALING_REPEATS": "1", "SCALING_RULES": "strong", "SCALING_SHAPES": "1x1 2x2"}
+    argv = ["--sample", "--max-steps", "30", "--log-every", "1", "--output", "runs/scaled"]
+    job = slurm.submit("DISTRIBUTED/scaling.sbatch", *argv, **shorter)
+    slurm.wait(job, lambda: "step 2/30" in slurm.log(job).partition("-- strong-2x2")[2], 300)
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    log = slurm.done(job, 600)
+    assert log.count("-- strong-1x1-1") == 1 and log.count("-- strong-2x2-1") == 2
+    assert slurm.show(job, "Restarts") == "1"
+    assert len(slurm.result("runs/scaled/strong-2x2-1")["resumed_from_steps"]) == 1
+    assert re.search(r"\| strong \| 2x2 \|", log)
+
+
+@pytest.mark.slow
+@BOTH
+def test_scancel_leaves_a_checkpoint_and_nothing_running(slurm, script):
+    output = f"runs/cancelled-{script[:4]}"
+    job = slurm.submit(script, *ENDLESS, "--output", output)
+    begun(slurm, job)
     begin = time.monotonic()
     slurm("scancel", job)
     slurm.wait(job, lambda: slurm("squeue", "-h", "-j", job, "-o", "%T") == "", 100)
     assert time.monotonic() - begin < 60
-    for node in (1, 2):
-        left = subprocess.run(
-            ["ip", "netns", "pids", f"node{node}"], capture_output=True, text=True, check=True
-        ).stdout.split()
-        commands = [pathlib.Path(f"/proc/{p}/cmdline") for p in left]
-        assert not [c for c in commands if c.exists() and b"runs/cancelled" in c.read_bytes()]
-    assert (slurm.root / "runs/cancelled/checkpoint.pt").exists()
-    assert not (slurm.root / "runs/cancelled/results.json").exists()
+    assert processes(output) == []
+    assert (slurm.root / output / "checkpoint.pt").exists()
+    assert not (slurm.root / output / "results.json").exists()
+    assert slurm.show(job, "JobState") == "CANCELLED" and slurm.show(job, "Restarts") == "0"
+
+
+@pytest.mark.slow
+def test_a_person_may_touch_stop(slurm):
+    """The job then ends with 75, so SLURM has it as failed: the training is not finished."""
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *ENDLESS, "--output", "runs/touched")
+    begun(slurm, job)
+    (slurm.root / "runs/touched/stop").touch()
+    assert slurm.finish(job, 60) == ("FAILED", "75:0")
+    assert (slurm.root / "runs/touched/checkpoint.pt").exists()
 
 
 @pytest.mark.slow
@@ -287,27 +336,14 @@ def test_a_node_whose_link_is_cut(slurm):
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, options=["--no-requeue"])
     slurm.wait(job, lambda: (slurm.root / "runs/cut/checkpoint.pt").exists(), 240)
     assert cluster("cut", "2").returncode == 0
+
+    def ranks():
+        commands = processes("runs/cut")
+        return [c for c in commands if b"python" in c[0] and b"torch.distributed.run" not in c]
+
     try:
         begin = time.monotonic()
-
-        def ranks():
-            pids = [
-                p
-                for node in (1, 2)
-                for p in subprocess.run(
-                    ["ip", "netns", "pids", f"node{node}"],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout.split()
-            ]
-            commands = []
-            for pid in pids:
-                with contextlib.suppress(OSError):
-                    commands.append(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
-            return [c for c in commands if b"runs/cut" in c and b"distributed.run" not in c]
-
-        while [c for c in ranks() if b"python" in c.split(b"\0")[0]]:
+        while ranks():
             assert time.monotonic() - begin < 190, "ranks still run\n" + slurm.log(job)[-3000:]
             time.sleep(1)
         slurm.wait(job, lambda: slurm.show(job, "JobState") in ENDED, 240)
@@ -317,7 +353,7 @@ def test_a_node_whose_link_is_cut(slurm):
         cluster("mend", "2")
     slurm.wait(job, lambda: cluster("status").returncode == 0, 120)
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
-    stopped_at(slurm, job)
+    begun(slurm, job)
     assert re.search(r"going on from step \d+", slurm.log(job))
     slurm("scancel", job)
     slurm.finish(job, 120)
@@ -325,10 +361,10 @@ def test_a_node_whose_link_is_cut(slurm):
 
 @pytest.mark.slow
 def test_a_drained_node_lets_the_job_save_and_wait(slurm):
-    """Maintenance: what runs goes on; told to stop, it waits in the queue for the node, and goes on."""
-    argv = ["--sample", "--epochs", "20", "--log-every", "2", "--no-profile"]
-    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, "--output", "runs/drained")
-    stopped_at(slurm, job)
+    """Maintenance: what runs goes on; asked to stop, it waits in the queue for the node."""
+    argv = [*LONG, "--epochs", "20", "--output", "runs/drained"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
+    begun(slurm, job)
     slurm("scontrol", "update", "nodename=a100-02", "state=drain", "reason=maintenance")
     try:
         before = slurm.log(job).count("step ")
@@ -341,24 +377,24 @@ def test_a_drained_node_lets_the_job_save_and_wait(slurm):
         slurm("scontrol", "update", "nodename=a100-02", "state=resume")
     slurm.done(job, 600)
     results = slurm.result("runs/drained")
-    assert results["steps"] == 480 and results["repeated_steps"] == 0
-    assert len(results["resumed_from_steps"]) == 1
+    assert results["steps"] == 480 and len(results["resumed_from_steps"]) == 1
 
 
 @pytest.mark.slow
 def test_a_lost_node_requeues_the_job(slurm):
-    """SLURM itself queues the job again; it loses the steps since its last save and no more."""
+    """SLURM itself queues the job again; it goes on from its last save."""
     argv = [*ENDLESS, "--save-every", "4", "--output", "runs/lost"]
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv)
     slurm.wait(job, lambda: (slurm.root / "runs/lost/checkpoint.pt").exists(), 240)
     assert cluster("cut", "2").returncode == 0
+    last = int(re.findall(r"^step (\d+)/", slurm.log(job), re.MULTILINE)[-1])
     try:
         slurm.wait(job, lambda: slurm.show(job, "Restarts") == "1", 400)
     finally:
         cluster("mend", "2")
     slurm.wait(job, lambda: "going on from step" in slurm.log(job), 240)
-    found = re.search(r"going on from step [\d,]+; (\d+) steps after it", slurm.log(job))
-    assert int(found[1]) <= 6, "a save every 4 steps, a word every 2"
+    found = re.search(r"going on from step (\d+)", slurm.log(job))
+    assert int(found[1]) >= last - 4
     slurm("scancel", job)
     slurm.finish(job, 120)
 
@@ -368,7 +404,7 @@ def test_a_lost_node_requeues_the_job(slurm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("address", "words"), [("", "no address"), ("127.0.0.1", "cannot meet there")]
+    ("address", "words"), [("", "has no address"), ("127.0.0.1", "is this node itself")]
 )
 def test_a_wrong_master_addr(slurm, address, words):
     begin = time.monotonic()
@@ -383,15 +419,8 @@ def test_a_wait_is_told_and_ends(slurm):
     """An address where nobody listens: a word after 20 s, the end within three minutes."""
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *SHORT, MASTER_ADDR="10.77.77.200")
     begin = time.monotonic()
-    slurm.wait(job, lambda: "waits since 20 s" in slurm.log(job), 90)
+    slurm.wait(job, lambda: "waits for the other nodes" in slurm.log(job), 90)
     state, _ = slurm.finish(job, 240)
     assert state == "FAILED" and time.monotonic() - begin < 200
-    assert "try MASTER_ADDR" in slurm.log(job)
-
-
-@pytest.mark.slow
-def test_bad_input_ends_with_2(slurm):
-    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", "--sample", "--batch-size", "3")
-    assert slurm.finish(job) == ("FAILED", "2:0")
     log = slurm.log(job)
-    assert log.count("error:") == 1 and "error: --batch-size" in log and "Traceback" not in log
+    assert "no rank has started in" in log and "timed out" in log and "10.77.77.200" in log
