@@ -1,91 +1,138 @@
-"""Measures what a slow link between two nodes costs, on .ci/slurm-cluster; by hand, as root:
+"""Measures what a slow link between two nodes costs, on .ci/slurm-cluster. As root:
 
-    eval "$(.ci/slurm-cluster up)" && python DISTRIBUTED/tests/link.py [MBIT ...]
+    eval "$(.ci/slurm-cluster up)" && python DISTRIBUTED/benchmarks/link.py [MBIT ...]
 
-Writes DISTRIBUTED/results/slow-link.json, which report.py --table measured shows. Each node's
-interface is limited with tc; then run_2x2.sbatch trains the sample with fp32 and bf16 gradients and
-with a larger batch. The arithmetic beside it: an all-reduce among two nodes sends each gradient
-once out of a node, so bytes x 8 / rate; all but what hides behind the backward pass is waited for.
+Writes DISTRIBUTED/results/slow-link.json, for report.py --table measured. tc limits what each node
+sends; then run_2x2.sbatch trains the sample with fp32 and with bf16 gradients, and with a larger
+batch. The arithmetic beside it: by a ring, 2 (n - 1) / n of the gradient's bits cross each link
+between the n ranks, and all of that time is waited for but what hides behind the backward pass.
+Nothing else may use the cluster meanwhile: its tests call `up`, which lifts the limit.
 """
 
-import datetime
+import argparse
 import json
 import os
-import pathlib
 import subprocess
-import sys
 import time
+from pathlib import Path
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / ".ci/slurm-cluster"
-SHORT = ["--sample", "--max-steps", "16", "--log-every", "2", "--no-profile", "--limit", "200"]
-CASES = {
-    "fp32": ["--batch-size", "16", "--gradients", "fp32"],
-    "bf16": ["--batch-size", "16", "--gradients", "bf16"],
-    "fp32, batch 64": ["--batch-size", "64", "--gradients", "fp32"],
-}
+WORDS = ["--sample", "--limit", "200", "--log-every", "2", "--no-profile"]
+CASES = [
+    {"gradients": "fp32", "batch": 16},
+    {"gradients": "bf16", "batch": 16},
+    {"gradients": "fp32", "batch": 64},
+]
+BYTES = {"fp32": 4, "bf16": 2}
+RANKS = 4
+# What of a run's environment stands in the table's caption.
+MACHINE_FACTS = ["date", "commit", "dirty", "cpu", "torch", "transformers", "python"]
 
 
-def train(name, options):
-    output = f"runs/link-{name}"
-    command = ["sbatch", "--parsable", "-W", "-o", f"{output}.log", "-N2"]
-    command += ["DISTRIBUTED/run_2x2.sbatch", *SHORT, *options, "--output", output]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    read = [json.loads((ROOT / output / f"{n}.json").read_text()) for n in ("results", "timings")]
-    return read
+def limit_link(rate):
+    """Lets each node send at most this many Mbit/s; 0: as much as it can."""
+    words = ["slow", str(rate)] if rate else ["fast"]
+    subprocess.run([CLUSTER, *words], check=True)
+
+
+def train(case, rate, steps):
+    """Trains on both nodes; returns results.json and timings.json."""
+    output = f"runs/link-{rate}-{case['gradients']}-{case['batch']}-{int(time.time())}"
+    command = ["sbatch", "--parsable", "--wait", "-N2", "-o", f"{output}.log"]
+    command += ["DISTRIBUTED/run_2x2.sbatch", *WORDS, "--max-steps", str(steps)]
+    command += ["--gradients", case["gradients"], "--batch-size", str(case["batch"])]
+    command += ["--output", output]
+    (ROOT / "runs").mkdir(exist_ok=True)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    results = json.loads((ROOT / output / "results.json").read_text())
+    timings = json.loads((ROOT / output / "timings.json").read_text())
+    return results, timings
+
+
+def count_steady(intervals):
+    """Returns the steps of the steady intervals, and their seconds."""
+    steps = 0
+    seconds = 0.0
+    before = 0
+    for interval in intervals:
+        if interval["steady"]:
+            steps += interval["step"] - before
+            seconds += interval["seconds"]
+        before = interval["step"]
+    return steps, seconds
+
+
+def make_row(case, rate, results, timings):
+    steps, seconds = count_steady(timings["intervals"])
+    exposed = timings["phases"]["exposed_communication"]
+    size = results["parameters"] * BYTES[case["gradients"]]
+    wire_ms = "-"
+    if rate:
+        # Ranks of a node share its interface.
+        bits = 8 * size * 2 * (RANKS - 1) / RANKS
+        wire_ms = round(1000 * bits / (rate * 1e6))
+    return [
+        f"{rate} Mbit/s" if rate else "not limited",
+        case["gradients"],
+        case["batch"],
+        round(size / 1e6, 2),
+        wire_ms,
+        round(1000 * exposed["seconds"] / steps),
+        round(1000 * seconds / steps),
+        f"{100 * exposed['share']:.0f} %",
+        round(results["tokens_per_second"]),
+        results["all_reduce"]["gigabytes_per_second"],
+    ]
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("rates", type=int, nargs="*", help="Mbit/s, 0: not limited (default: 0 200 50)")
+    add("--steps", type=int, default=16, help="of each training (default: 16)")
+    add("--output", type=Path, default=ROOT / "DISTRIBUTED/results/slow-link.json")
+    options = parser.parse_args()
+    options.rates = options.rates or [0, 200, 50]
+    return options
 
 
 def main():
-    # Nothing else may run on the cluster meanwhile: its tests call `up`, which lifts the limit.
-    rates = sys.argv[1:] or ["0", "200", "50"]
-    rows, environment = [], {}
-    for rate in rates:
-        how = ("slow", rate) if int(rate) else ("fast",)
-        subprocess.run([CLUSTER, *how], check=True)
-        for name, options in CASES.items():
-            stamp = f"{rate}-{name.replace(', ', '-').replace(' ', '')}-{int(time.time())}"
-            results, timings = train(stamp, options)
-            steady = [one for one in timings["intervals"] if one["steady"]]
-            steps = 2 * len(steady)
-            seconds = sum(one["seconds"] for one in steady)
-            exposed = timings["phases"]["exposed_communication"]
-            size = results["parameters"] * (2 if "bf16" in name else 4)
-            # Ranks of a node share its interface; by a ring, 2 (n-1) / n of it crosses each link.
-            wire = 2 * 3 / 4 * size * 8 / (int(rate) * 1e6) if int(rate) else None
-            rows.append(
-                [
-                    f"{rate} Mbit/s" if int(rate) else "not limited",
-                    name.split(",")[0],
-                    results["arguments"]["batch_size"],
-                    round(size / 1e6, 2),
-                    round(1000 * wire) if wire else "-",
-                    round(1000 * exposed["seconds"] / steps),
-                    round(1000 * seconds / steps),
-                    f"{100 * exposed['share']:.0f} %",
-                    round(results["tokens_per_second"]),
-                    results["all_reduce"]["gigabytes_per_second"],
-                ]
-            )
-            found = results["environment"]
-            environment = {n: found.get(n) for n in ("cpu", "torch", "python", "commit")}
-            print(rows[-1], flush=True)
-    subprocess.run([CLUSTER, "fast"], check=True)
-    columns = (
-        "link|gradients|batch|MB of gradients|ring's wire time, ms|exposed communication, ms a step"
-    )
-    columns += "|a step, ms|its share|tokens/s|all-reduce GB/s"
-    content = {
+    options = parse_options()
+    rows = []
+    try:
+        for rate in options.rates:
+            limit_link(rate)
+            for case in CASES:
+                results, timings = train(case, rate, options.steps)
+                row = make_row(case, rate, results, timings)
+                rows.append(row)
+                print(row, flush=True)
+    finally:
+        limit_link(0)
+    machine = results["environment"]
+    table = {
         "title": "A slow link between the two nodes",
         "conditions": "test cluster on one machine: 2 CPU cores shared by 4 ranks on 2 nodes; the"
         " sample's BERT, gloo; tc limits what each node sends. It shows how exposed communication"
         " follows the link, the gradients' size and the batch, and proves no scaling",
-        "columns": columns.split("|"),
+        "columns": [
+            "link",
+            "gradients",
+            "batch",
+            "MB of gradients",
+            "ring's wire time, ms",
+            "exposed communication, ms a step",
+            "a step, ms",
+            "its share",
+            "tokens/s",
+            "all-reduce GB/s",
+        ],
         "rows": rows,
-        "environment": environment | {"date": str(datetime.date.today())},
+        "environment": {name: machine.get(name) for name in MACHINE_FACTS},
     }
-    path = ROOT / "DISTRIBUTED/results/slow-link.json"
-    path.write_text(json.dumps(content, indent=1) + os.linesep)
-    print(f"wrote {path.relative_to(ROOT)}")
+    options.output.write_text(json.dumps(table, indent=1) + os.linesep)
+    print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":
