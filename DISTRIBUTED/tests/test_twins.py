@@ -1,145 +1,221 @@
-"""baseline/train.py and DISTRIBUTED/train.py read side by side: what differs, is little and says why."""
+"""baseline/train.py and DISTRIBUTED/train.py side by side: what differs, and that it says why."""
 
 import ast
-import importlib.util
-import pathlib
+import io
 import re
 import subprocess
+import tokenize
 
-import pytest
+from nursery import load_script
+from ranks import BASELINE, DISTRIBUTED, ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = [ROOT / "baseline/train.py", ROOT / "DISTRIBUTED/train.py"]
-TEXTS = [file.read_text() for file in FILES]
-LINES = [text.splitlines() for text in TEXTS]
-LONGEST, CHANGED, HUNKS = 1000, 150, 30
-MARK = re.compile(r"# DDP:? ?|DDP: ")
-# Where the two may differ: what distribution is, and the places it must reach into.
-NEW = {"join", "tell", "agree", "whole", "distribute"}
-SEAMS = {"parse_arguments", "plan_training", "make_optimizer", "Clock", "save_checkpoint", "resume"}
-SEAMS |= {"evaluate_model", "train", "run", "main"}
+MARK = "DIST:"
+# The functions that distribution reaches into; all others are the same in both files.
+REACHED_INTO = {
+    "make_parser",
+    "parse_arguments",
+    "log",
+    "progress",
+    "plan_training",
+    "compile_layers",
+    "Clock",
+    "make_profiler",
+    "open_output",
+    "save_checkpoint",
+    "find_answers",
+    "Interval",
+    "dropout_seed",
+    "training_step",
+    "train",
+    "evaluate_model",
+    "open_writer",
+    "write_scalars",
+    "write_evaluation",
+    "make_timings",
+    "make_results",
+    "finish",
+    "run",
+    "check_cpu_hours",
+    "log_plan",
+    "main",
+}
+# Distribution's own section, from this heading to the next one.
+SECTION = re.compile(r"# DIST: 2b\. ")
+HEADING = re.compile(r"# \d+\. ")
 
 
-def hunks():
-    """[(lines of baseline, lines of DISTRIBUTED)] as ranges from 0, as diff -U0 tells them."""
-    told = subprocess.run(["diff", "-U0", *FILES], capture_output=True, text=True, check=False)
-    found = []
-    for match in re.finditer(
-        r"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", told.stdout, re.MULTILINE
-    ):
-        a, many, b, more = (int(n) if n else 1 for n in match.groups())
-        found.append((range(a - 1, a - 1 + many), range(b - 1, b - 1 + more)))
+def read_lines(path):
+    return path.read_text().splitlines()
+
+
+def section_lines():
+    """The line numbers of distribution's section, from 0, as a range."""
+    lines = read_lines(DISTRIBUTED)
+    first = next(number for number, line in enumerate(lines) if SECTION.match(line))
+    after = next(number for number in range(first, len(lines)) if HEADING.match(lines[number]))
+    return range(first, after)
+
+
+def blocks(path):
+    """{name: source} of the functions and classes at a script's top, in their order."""
+    lines = read_lines(path)
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
     return found
 
 
-def blocks(text):
-    """{name: (first line, last line, source)} of the functions and classes at the top."""
-    found = [n for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    lines = text.splitlines()
-    for node in found:
-        first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
-        yield node.name, (first, node.end_lineno, lines[first : node.end_lineno])
+def marked_functions():
+    """The line ranges, from 0, of functions and methods whose docstring begins with the mark."""
+    found = []
+    for node in ast.walk(ast.parse(DISTRIBUTED.read_text())):
+        if isinstance(node, ast.FunctionDef) and (ast.get_docstring(node) or "").startswith(MARK):
+            found.append(range(node.lineno - 1, node.end_lineno))
+    return found
 
 
-def load(file):
-    spec = importlib.util.spec_from_file_location(f"twin_{file.parent.name}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def hunks():
+    """[(lines taken away, lines that came)], as line numbers from 0."""
+    command = ["diff", "-U0", BASELINE, DISTRIBUTED]
+    difference = subprocess.run(command, capture_output=True, text=True).stdout
+    found = []
+    for match in re.finditer(r"^@@ -(\d+)(,\d+)? \+(\d+)(,\d+)? @@", difference, re.MULTILINE):
+        pair = []
+        for first, count in (match.group(1, 2), match.group(3, 4)):
+            count = int(count[1:]) if count else 1
+            pair.append(range(int(first) - 1, int(first) - 1 + count))
+        found.append(pair)
+    return found
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["baseline", "DISTRIBUTED"])
-def test_each_is_short_enough_to_read(which):
-    assert len(LINES[which]) <= LONGEST
+def comments(path):
+    """The comments of a script, one string for each line that has one."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]
 
 
-def test_the_difference_is_small():
-    # The formatter's blank lines teach nothing and do not count.
-    places = [(side, i) for pair in hunks() for side, lines in enumerate(pair) for i in lines]
-    changed = sum(bool(LINES[side][i].strip()) for side, i in places)
-    assert changed <= CHANGED, f"{changed} lines of both files differ; the budget is {CHANGED}"
-
-
-def test_the_difference_is_in_few_places():
-    assert len(hunks()) <= HUNKS, f"{len(hunks())} places differ; the budget is {HUNKS}"
-
-
-def test_every_place_that_differs_says_why():
-    ours, silent = dict(blocks(TEXTS[1])), []
-    for was, now in hunks():
-        if not now:  # what is only taken away stands in the twin
+def marks():
+    """The reasons that the marks give, in the file's order; the same one may be there again."""
+    lines = read_lines(DISTRIBUTED)
+    found = []
+    for number, line in enumerate(lines):
+        mark = re.search(r"(# |\"\"\")DIST\b:?", line)
+        if not mark:
             continue
-        near = LINES[1][max(now.start - 1, 0) : now.stop + 1]
-        inside = [s for a, b, s in ours.values() if a <= now.start < b]
-        first = inside[0][:3] if inside else []  # a new function says it in its docstring
-        told = any(re.search(r"DDP: \w", line) or "# DDP" in line for line in near)
-        if not told and not any('"""DDP: ' in line for line in first):
-            silent.append(f"line {now.start + 1}: {LINES[1][now.start].strip()}")
-    # A long function may be marked once for hunks that belong together: see the lines around.
-    assert not silent, "no # DDP: near " + "\n".join(silent)
+        reason = line[mark.end() :]
+        if mark[1] == "# ":
+            goes_on = re.compile(r"\s*# (?!DIST\b)")
+        else:
+            goes_on = re.compile(r"\s*(?=\S)")
+        # A mark behind a statement ends with its line; a comment or a docstring may go on.
+        after_code = line[: mark.start()].strip()
+        for following in lines[number + 1 :]:
+            if after_code or reason.endswith('"""') or not goes_on.match(following):
+                break
+            reason += " " + goes_on.sub("", following, count=1)
+        found.append(reason.removesuffix('"""').strip())
+    return found
 
 
-def test_a_mark_has_a_reason_and_baseline_has_none():
-    assert not MARK.search(TEXTS[0])
-    marks = [line for line in LINES[1] if MARK.search(line)]
-    assert len(marks) >= 15
-    new = [source for name, (_, _, source) in blocks(TEXTS[1]) if name in NEW]
-    assert all(any("DDP: " in line for line in source[:3]) for source in new)
+def test_functions_that_distribution_does_not_reach_into_are_the_same():
+    baseline = blocks(BASELINE)
+    distributed = blocks(DISTRIBUTED)
+    assert [name for name in distributed if name in baseline] == list(baseline)
+    different = {name for name in baseline if baseline[name] != distributed[name]}
+    assert not different - REACHED_INTO, "differ, though they are not in REACHED_INTO"
+    assert not REACHED_INTO - different, "are the same: take them out of REACHED_INTO"
 
 
-def test_functions_outside_the_seams_are_the_same():
-    one, two = dict(blocks(TEXTS[0])), dict(blocks(TEXTS[1]))
-    assert set(two) - set(one) == NEW and not set(one) - set(two)
-    assert [name for name in two if name in one] == list(one), "another order"
-    other = [name for name in one if name not in SEAMS and one[name][2] != two[name][2]]
-    assert not other, f"differ though no seam: {other}"
+def test_functions_that_baseline_lacks_are_distributions_own():
+    lines = read_lines(DISTRIBUTED)
+    own_section = section_lines()
+    marked = {lines[place.start].split("(")[0].removeprefix("def ") for place in marked_functions()}
+    for node in ast.parse(DISTRIBUTED.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name not in blocks(BASELINE):
+            assert node.lineno - 1 in own_section or node.name in marked, node.name
 
 
-def test_seams_keep_names_arguments_and_docstrings():
-    trees = [{n.name: n for n in ast.parse(text).body if hasattr(n, "name")} for text in TEXTS]
-    for name in SEAMS - {"train"}:
-        one, two = trees[0][name], trees[1][name]
-        assert ast.get_docstring(one) == ast.get_docstring(two), name
-        if isinstance(one, ast.FunctionDef):
-            said = [ast.unparse(each.args) for each in (one, two)]
-            assert said[0] == said[1], name
+def test_options_are_the_same_but_for_distributions():
+    options = []
+    for path in (BASELINE, DISTRIBUTED):
+        actions = load_script(path).make_parser()._actions
+        fields = ("option_strings", "dest", "default", "choices", "help")
+        options.append(
+            {action.dest: [getattr(action, name) for name in fields] for action in actions}
+        )
+    baseline, distributed = options
+    assert set(distributed) - set(baseline) == {"strategy", "gradients"}
+    assert not set(baseline) - set(distributed)
+    for name in baseline:
+        # The help of --output names the script's own folder.
+        expected = [
+            str(field).replace("runs/baseline", "runs/DISTRIBUTED") for field in baseline[name]
+        ]
+        assert [str(field) for field in distributed[name]] == expected, name
 
 
-def test_sections_and_comments_of_baseline_are_there():
-    sections = [[line for line in lines if re.match(r"# \d+\. ", line)] for lines in LINES]
-    assert sections[0] == sections[1] and len(sections[0]) == 11
+def test_settings_that_lives_must_share_are_the_same():
+    """A checkpoint goes on from one script to the other."""
+    baseline, distributed = (load_script(path) for path in (BASELINE, DISTRIBUTED))
+    assert baseline.SETTINGS == distributed.SETTINGS
+    assert baseline.new_state().keys() == distributed.new_state().keys()
 
 
-def test_options_are_the_same_but_for_distribution():
-    one, two = (load(file).OPTIONS for file in FILES)
-    rows = [[row for row in each if not isinstance(row, str)] for each in (one, two)]
-    names = [[row[0] for row in each] for each in rows]
-    assert set(names[1]) - set(names[0]) == {"--strategy", "--gradients"}
-    output = {"--output"}  # its help names the folder
-    same = [[row for row in each if row[0] in names[0] and row[0] not in output] for each in rows]
-    assert same[0] == same[1]
-    dests = [set(vars(load(file).parse_arguments([]))) for file in FILES]
-    assert dests[1] - dests[0] == {"strategy", "gradients"}
+def test_each_place_that_differs_is_marked():
+    lines = read_lines(DISTRIBUTED)
+    own = [section_lines(), *marked_functions()]
+    unmarked = []
+    for taken, came in hunks():
+        if not came:
+            unmarked.append(f"only taken away: line {taken.start + 1} of baseline")
+            continue
+        is_own = any(came.start in place and came.stop <= place.stop + 2 for place in own)
+        if not is_own and not any(MARK in lines[number] for number in came):
+            unmarked.append(f"line {came.start + 1}: {lines[came.start].strip()}")
+    assert not unmarked, "no # DIST: in\n" + "\n".join(unmarked)
 
 
-def distribution_table():
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    part = re.search(
-        r"^#+ What distribution takes\s*$(.*?)(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL
-    )
-    if not part:
-        pytest.skip('README.md has no "What distribution takes" yet')
-    rows = [line for line in part[1].splitlines() if line.startswith("|")][2:]
-    return [[c.strip() for c in row.strip("|").split("|")] for row in rows]
+def test_each_mark_gives_a_reason():
+    found = marks()
+    assert len(found) >= 20
+    short = [reason for reason in found if len(reason.split()) < 2]
+    assert not short
+    assert not re.search(r"\bDIST\b", BASELINE.read_text().replace("DISTRIBUTED", ""))
 
 
-def test_the_readme_has_a_row_for_each_mark_and_no_other():
-    rows = [
-        re.sub(r"\s+", " ", row[0].replace("`", "")).rstrip(".") for row in distribution_table()
+def test_comments_and_sections_of_baseline_are_all_there():
+    baseline = comments(BASELINE)
+    distributed = [re.sub(r"DIST: ", "", comment) for comment in comments(DISTRIBUTED)]
+    missing = list(baseline)
+    for comment in distributed:
+        if comment in missing:
+            missing.remove(comment)
+    assert not missing
+    headings = [
+        [line for line in read_lines(path) if HEADING.match(line)]
+        for path in (BASELINE, DISTRIBUTED)
     ]
-    marks = [re.search(r"DDP: (.*?)(?:\"\"\"|$)", line) for line in LINES[1]]
-    marks = {mark[1].strip().replace("`", "").rstrip(".") for mark in marks if mark}
-    assert len(rows) == len(set(rows)), "a row twice"
-    assert not marks - set(rows), "marks without a row"
-    assert not set(rows) - marks, "rows without a mark"
+    assert headings[0] == headings[1]
+    assert len(headings[0]) >= 10
+
+
+def table_rows():
+    """The first column of README.md's table of marks."""
+    text = (ROOT / "DISTRIBUTED/README.md").read_text()
+    heading = r"^#+ What distribution takes\s*$(.*?)(?=^#+ |\Z)"
+    section = re.search(heading, text, re.MULTILINE | re.DOTALL)
+    assert section, "no section named What distribution takes"
+    rows = [line for line in section[1].splitlines() if line.startswith("|")]
+    # Below the head and its line.
+    return [row.strip("|").split("|")[0].strip() for row in rows[2:]]
+
+
+def test_each_mark_has_a_row_in_the_readme():
+    rows = table_rows()
+    assert len(rows) == len(set(rows)), "a row is there twice"
+    reasons = [reason.replace("`", "").rstrip(".") for reason in marks()]
+    quoted = [row.replace("`", "").rstrip(".") for row in rows]
+    assert not set(reasons) - set(quoted), "marks without a row"
+    assert not set(quoted) - set(reasons), "rows without a mark"

@@ -1,242 +1,285 @@
-"""TensorBoard in a real browser, headless, on a run of each script; needs Debian's chromium.
+"""What TensorBoard shows of a run: while it trains, after a kill, of a resumed one, at the end.
 
-To look yourself: SHOTS=/some/folder pytest baseline/tests/test_tensorboard.py leaves a picture a tab.
+The second half looks with a headless browser (Debian's chromium). To look yourself:
+PICTURES=/some/folder pytest baseline/tests/test_tensorboard.py leaves a picture of each tab.
 """
 
-import asyncio
-import base64
 import gzip
 import json
 import os
-import pathlib
-import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.parse
-import urllib.request
+from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser, curves, fetch
+from nursery import in_step, send
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = pathlib.Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
-    --disable-background-networking --disable-component-update --window-size=1500,1600"""
-RUNS = {"baseline": "baseline/run.sbatch", "DISTRIBUTED": "DISTRIBUTED/run_2x2.sbatch"}
-RANKS = {"baseline": 1, "DISTRIBUTED": 4}
-# What a person sees: also the text inside web components, whose shadow roots hide it.
-SEEN = """(() => {
-    const texts = [], images = [], heights = [];
-    const walk = node => {
-        if (node.nodeType === 3) { if (node.data.trim()) texts.push(node.data.trim()); return; }
-        if (["SCRIPT", "STYLE", "TEMPLATE", "DOM-MODULE"].includes(node.nodeName)) return;
-        if (node.nodeName === "IMG") images.push([node.naturalWidth, node.naturalHeight]);
-        if (node.nodeName === "CANVAS" || node.nodeName === "svg")
-            heights.push(node.getBoundingClientRect().height);
-        if (node.shadowRoot) node.shadowRoot.childNodes.forEach(walk);
-        node.childNodes.forEach(walk);
-    };
-    walk(document.body);
-    return JSON.stringify({text: texts.join("\\n"), images, charts: heights.filter(h => h > 80).length});
-})()"""
+BASELINE = Path(__file__).resolve().parents[1]
+TRAIN = BASELINE / "train.py"
+# 60 questions: 15 steps per epoch.
+WORDS = ("--sample", "--limit", 60, "--batch-size", 4, "--device", "cpu", "--log-every", 2)
+FINISHED = (*WORDS, "--epochs", 3, "--evaluate-every", "epoch")
+PHASES = ["phases/data", "phases/forward", "phases/backward", "phases/optimizer"]
+CURVES = ["training/loss", "training/learning_rate", "training/gradient_norm"]
+CURVES += ["speed/tokens_per_second", "speed/peak_memory_gib", *PHASES]
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def wait_in_step(step, file):
+    """A patch that waits within a step until there is this file."""
+    return in_step(step, f"while not Path({str(file)!r}).exists(): time.sleep(0.01)")
 
 
-def fetch(address, seconds=30, **query):
-    """The answer as JSON, or as it is; tried again until the server is up."""
-    query = f"?{urllib.parse.urlencode(query)}" if query else ""
-    for _ in range(seconds * 2):
-        try:
-            with urllib.request.urlopen(address + query, timeout=seconds) as answer:
-                body = answer.read()
-        except ConnectionError:
-            time.sleep(0.5)
-        except urllib.error.URLError as error:
-            if isinstance(error, urllib.error.HTTPError):
-                raise
-            time.sleep(0.5)
-        else:
-            return json.loads(body) if body[:1] in b'{["' else body
-    raise TimeoutError(address)
+def read(folder, name):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def scalars(output):
+    """{tag: [(step, value)...]}, as TensorBoard reads them."""
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    return {
+        tag: [(point.step, point.value) for point in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def evaluation_points(output, name):
+    """What the curve of a score has to be."""
+    return [
+        (one["step"], pytest.approx(one[name]))
+        for one in read(output, "results.json")["evaluations"]
+    ]
+
+
+# 1. The event files
+
+
+def test_curves_are_there_from_the_first_interval_on(start, tmp_path):
+    output = tmp_path / "run"
+    patch = wait_in_step(3, tmp_path / "go")
+    life = start(*WORDS, "--max-steps", 30, "--output", output, patch=patch)
+    life.wait_for("step 2/30")
+    time.sleep(0.5)
+    curves = scalars(output)
+    for tag in CURVES:
+        assert [step for step, _ in curves[tag]] == [2]
+    # They are not lost with the process.
+    life.kill(signal.SIGsend("SIGKILL"))
+    life.end(-signal.SIGsend("SIGKILL"))
+    assert scalars(output) == curves
 
 
 @pytest.fixture(scope="module")
-def board(tmp_path_factory):
-    """A short run of each script, and TensorBoard on them: its address."""
-    pytest.importorskip("tensorboard")
-    runs = tmp_path_factory.mktemp("board") / "runs"
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-    clean |= {"VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-    words = ["--sample", "--limit", "60", "--max-steps", "12", "--log-every", "2"]
-    for name, script in RUNS.items():
-        how = {"cwd": ROOT, "env": clean, "capture_output": True, "text": True, "timeout": 400}
-        command = ["bash", script, *words, "--output", str(runs / name)]
-        done = subprocess.run(command, check=False, **how)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    where = ["--host", "127.0.0.1", "--port", str(free_port()), "--logdir", str(runs)]
-    with open(runs.parent / "log", "w") as log:
-        how = {"stdout": log, "stderr": log, "start_new_session": True}
-        server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *where], **how)
-    address = f"http://127.0.0.1:{where[3]}"
+def runs(nursery, tmp_path_factory):
+    """Two runs of one training: one that nothing happens to; and one that is killed three times,
+    some steps after a save and just after an evaluation, and stopped once."""
+    folder = tmp_path_factory.mktemp("board") / "runs"
+    folder.mkdir()
+
+    def life(output, patch="", code=0):
+        words = [*FINISHED, "--save-every", 4, "--output", output]
+        nursery.start(TRAIN, words, folder.parent / "log", patch).end(code)
+
+    life(folder / "plain")
+    resumed = folder / "resumed"
+    life(resumed, in_step(11, send("SIGKILL")), code=-signal.SIGsend("SIGKILL"))
+    # Step 15 ends an epoch.
+    life(resumed, in_step(16, send("SIGKILL")), code=-signal.SIGsend("SIGKILL"))
+    life(resumed, in_step(24, send("SIGKILL")), code=-signal.SIGsend("SIGKILL"))
+    life(resumed, in_step(35, send("SIGTERM")), code=75)
+    life(resumed)
+    return folder
+
+
+def test_curves_are_those_of_the_intervals(runs):
+    for name in ("plain", "resumed"):
+        output = runs / name
+        curves = scalars(output)
+        intervals = read(output, "timings.json")["intervals"]
+        assert intervals[-1]["step"] == 45
+        for tag in CURVES:
+            assert [step for step, _ in curves[tag]] == [one["step"] for one in intervals], tag
+        for field in ("loss", "learning_rate", "gradient_norm"):
+            values = [value for _, value in curves[f"training/{field}"]]
+            assert values == pytest.approx([one[field] for one in intervals])
+
+
+def test_curves_of_the_scores(runs):
+    for name in ("plain", "resumed"):
+        output = runs / name
+        curves = scalars(output)
+        for score in ("exact_match", "f1"):
+            expected = evaluation_points(output, score)
+            assert [step for step, _ in expected] == [15, 30, 45]
+            assert curves[f"evaluation/{score}"] == expected
+
+
+def test_resumed_run_is_profiled_once(runs):
+    for name in ("plain", "resumed"):
+        [trace] = runs.glob(f"{name}/tensorboard/rank0.*.pt.trace.json.gz")
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        assert {"data", "forward", "backward", "optimizer"} <= {one.get("name") for one in events}
+        assert "aten::addmm" in read(runs / name, "timings.json")["operators"]
+
+
+# 2. In the browser
+
+
+@pytest.fixture(scope="module")
+def board(runs):
+    """TensorBoard on the runs: its address."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    words = ["--host", "127.0.0.1", "--port", str(port), "--logdir", str(runs)]
+    command = [sys.executable, "-m", "tensorboard.main", *words, "--reload_interval", "1"]
+    with open(runs.parent / "tensorboard.log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(120):  # it is up before it has read the runs
-            if len(fetch(f"{address}/data/runs", 120)) == 2:
-                break
-            time.sleep(0.5)
+        wait_for_runs(address, {"plain", "resumed"})
         yield address
     finally:
         server.terminate()
         server.wait(20)
 
 
+def wait_for_runs(address, names):
+    """Waits until TensorBoard has read these runs."""
+    deadline = time.monotonic() + 120
+    while set(fetch(f"{address}/data/runs")) < {f"{name}/tensorboard" for name in names}:
+        assert time.monotonic() < deadline, fetch(f"{address}/data/runs")
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def look(board, tmp_path_factory):
-    """look(tab, *words): opens a tab, and tells what is seen once all the words are."""
+    """look(tab, *words): opens a tab of TensorBoard; returns what is seen when all words are."""
     if not CHROMIUM:
         pytest.skip("chromium is missing: apt install chromium, or .ci/run")
-    aiohttp = pytest.importorskip("aiohttp")  # comes with datasets
-    home = tmp_path_factory.mktemp("chromium")
-    words = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={home}", "--remote-debugging-port=0"]
-    with open(home / "log", "w") as log:
-        how = {"stdout": log, "stderr": log, "start_new_session": True}
-        browser = subprocess.Popen([*words, "about:blank"], **how)
-    marker = home / "DevToolsActivePort"
-    for _ in range(120):
-        if marker.exists() and marker.read_text().count("\n"):
-            break
-        assert browser.poll() is None, (home / "log").read_text()[-2000:]
-        time.sleep(0.5)
-    port = marker.read_text().split()[0]
+    pytest.importorskip("aiohttp", reason="aiohttp, which comes with datasets, is missing")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    pictures = os.environ.get("PICTURES")
 
-    async def visit(tab, wanted):
-        pages = fetch(f"http://127.0.0.1:{port}/json/list")
-        page = next(one["webSocketDebuggerUrl"] for one in pages if one["type"] == "page")
-        async with aiohttp.ClientSession() as session:  # noqa: SIM117 the second needs the first
-            async with session.ws_connect(page, max_msg_size=2**28) as socket:
+    def look_at(tab, *words, curve_count=0):
+        picture = Path(pictures, f"{tab}.png") if pictures else None
+        return browser.look(f"{board}/#{tab}", words, curve_count, picture)
 
-                async def ask(method, **params):
-                    await socket.send_json({"id": 1, "method": method, "params": params})
-                    while "id" not in (answer := await socket.receive_json(timeout=60)):
-                        pass
-                    return answer["result"]
+    yield look_at
+    browser.close()
 
-                await ask("Page.navigate", url="about:blank")  # else only the fragment changes
-                await ask("Page.navigate", url=f"{board}/#{tab}")
-                begin, seen = time.monotonic(), {"text": ""}
-                while time.monotonic() - begin < 60:
-                    await asyncio.sleep(1)
-                    told = await ask("Runtime.evaluate", expression=SEEN)
-                    seen = json.loads(told["result"].get("value") or "{}") or seen
-                    if all(word in seen["text"] for word in wanted):
-                        await asyncio.sleep(2)  # the charts draw last
-                        told = await ask("Runtime.evaluate", expression=SEEN)
-                        seen = json.loads(told["result"]["value"])
-                        break
-                if os.environ.get("SHOTS"):
-                    shot = await ask("Page.captureScreenshot")
-                    file = pathlib.Path(os.environ["SHOTS"]) / f"{tab}.png"
-                    file.write_bytes(base64.b64decode(shot["data"]))
-                return seen
 
-    def look(tab, *wanted):
-        seen = asyncio.run(visit(tab, wanted))
-        missing = [word for word in wanted if word not in seen["text"]]
-        assert not missing, f"{tab}: {missing} not in: {seen['text'][:3000]}"
-        return seen
-
-    yield look
-    browser.terminate()
-    browser.wait(20)
+def assert_never_back(curve):
+    across = [x for x, _ in curve]
+    assert across == sorted(set(across))
 
 
 def test_overview(look):
-    charts = ["loss", "real tokens a second", "share of the step", "learning rate"]
-    charts += ["gradient norm", "memory, GiB", "exposed communication", "forward", "backward"]
-    seen = look("custom_scalars", "overview", "shares of the step, each phase", *charts)
-    assert seen["charts"] >= len(charts)
+    charts = ["loss", "F1 and exact match", "real tokens per second", "share of the step"]
+    charts += ["learning rate", "gradient norm", "memory, GiB"]
+    # Of two runs, eleven values; each is drawn as it is, and smoothed.
+    seen = look("custom_scalars", "overview", *charts, "plain", "resumed", curve_count=2 * 11 * 2)
+    for curve in curves(seen):
+        assert_never_back(curve)
+    # The loss's are the first, and fall: pixels are counted from the top.
+    for curve in curves(seen)[:2]:
+        assert curve[-1][1] > curve[0][1] + 30
 
 
-def test_curves_are_there_and_never_double(look, board):
-    assert look("timeseries", "one profiled step", "backward", *RUNS)[
-        "charts"
-    ]  # it draws what is in view
-    for run, tags in fetch(f"{board}/data/plugin/scalars/tags").items():
-        own = {f"phases/{name}" for name in ("data", "forward", "backward", "optimizer")}
-        own |= {"phases/exposed_communication"} if run.startswith("DIST") else set()
-        assert own | {"training/loss", "speed/peak_memory_gib"} <= tags.keys()
-        for tag in own | {"training/loss"}:
-            points = fetch(f"{board}/data/plugin/scalars/scalars", run=run, tag=tag)
+def test_every_curve_has_each_step_once(board, look):
+    look("timeseries", "plain", "resumed", "backward", "f1")
+    tags_of_runs = fetch(f"{board}/data/plugin/scalars/tags")
+    for name in ("plain/tensorboard", "resumed/tensorboard"):
+        tags = [tag for tag in tags_of_runs[name] if not tag.startswith("result")]
+        assert set(tags) >= {*CURVES, "evaluation/f1", "evaluation/exact_match"}
+        for tag in tags:
+            points = fetch(f"{board}/data/plugin/scalars/scalars", run=name, tag=tag)
             steps = [step for _, step, _ in points]
-            assert steps == sorted(set(steps)) and steps[-1] == 12
+            assert steps == sorted(set(steps)), f"{tag} of {name}"
+            assert steps[-1] == 45
 
 
 def test_settings_and_scores_side_by_side(look):
+    settings = ["batch_size", "batching", "learning_rate", "precision", "packed"]
     scores = ["result/exact_match", "result/f1", "result/steady_epoch_seconds"]
-    look("hparams", "batch_size", "batching", "learning_rate", "packed", *scores, *RUNS)
+    look("hparams", *settings, *scores, "plain", "resumed")
 
 
-def test_tables(look):
-    tables = ["environment", "times", "throughput", "answers", "phases", "operators"]
-    look("text", *tables, "torch", "F1", "scorer", "commit")  # the later ones open at a click
+def test_texts(look):
+    seen = look("text", "results", "operators of the profiled steps", "plain", "resumed")
+    # The results, as the log has them, and the profiler's table.
+    for words in ("exact match, F1", "real tokens/s", "Self CPU", "aten::addmm"):
+        assert words in seen["texts"]
 
 
-def test_operators_and_gaps_are_among_the_texts(board):
-    for run, tags in fetch(f"{board}/data/plugin/text/tags").items():
-        texts = {}
-        for tag in tags:
-            told = fetch(f"{board}/data/plugin/text/text", run=run, tag=tag)
-            texts[tag.split("/")[0]] = told[-1]["text"]
-        assert "aten::addmm" in texts["operators"] and "Self CPU" in texts["operators"]
-        for rank in range(RANKS[run.split("/")[0]]):
-            assert f"<td>{rank}</td>" in texts["traces"]
+def test_run_that_is_under_way(runs, board, look, start, tmp_path):
+    """In its 21st step: its curves up to the 20th are there, beside those of the others."""
+    steps = [2, 4, 6, 8, 10, 12, 14, 15, 16, 18, 20]
+    go = tmp_path / "go"
+    output = runs / "under way"
+    life = start(*FINISHED, "--output", output, patch=wait_in_step(21, go))
+    try:
+        life.wait_for("step 20/45")
+        wait_for_runs(board, {"under way"})
+        loss = {"run": "under way/tensorboard", "tag": "training/loss"}
+        deadline = time.monotonic() + 60
+        seen_steps = []
+        while seen_steps[-1:] != [20]:
+            assert time.monotonic() < deadline, seen_steps
+            points = fetch(f"{board}/data/plugin/scalars/scalars", **loss)
+            seen_steps = [step for _, step, _ in points]
+        assert seen_steps == steps
+        seen = look("custom_scalars", "overview", "under way", curve_count=2 * 11 * 2 + 9 * 2)
+        its_curves = [curve for curve in curves(seen) if len(curve) == len(steps)]
+        # All but those of the scores, which have been evaluated once.
+        assert len(its_curves) == 9 * 2
+        for curve in its_curves:
+            assert_never_back(curve)
+        look("timeseries", "under way", "evaluation", "f1", "15")
+        assert life.running()
+        assert not (output / "results.json").exists()
+    finally:
+        go.touch()
+        life.end()
 
 
-def test_time_line_of_every_rank(look, board):
-    seen = look("images", "one profiled step", *RUNS)
-    drawn = sorted(height for width, height in seen["images"] if width > 300)
-    assert len(drawn) == 2 and drawn[1] > drawn[0] + 150  # four ranks' rows are higher than one's
+def offers_tensorboard():
+    """Whether trace.py draws for TensorBoard."""
+    script = BASELINE / "trace.py"
+    return script.exists() and "--tensorboard" in script.read_text(encoding="utf-8")
 
 
-def test_profiler_plugin_has_the_data(board):
+@pytest.mark.skipif(not offers_tensorboard(), reason="trace.py has no --tensorboard")
+def test_time_line_of_a_profiled_step(runs, look):
+    command = [sys.executable, BASELINE / "trace.py", "--tensorboard", runs / "plain"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = look("images", "one profiled step", "plain")
+    [(width, height)] = [size for size in seen["images"] if size[0] > 300]
+    assert height > 100
+    look("text", "traces", "phases", "environment")
+
+
+def test_profilers_tab_has_the_steps(board):
     plugin = f"{board}/data/plugin/pytorch_profiler"
-    listing = fetch(f"{board}/data/plugins_listing")
-    if "pytorch_profiler" not in listing:
+    if "pytorch_profiler" not in fetch(f"{board}/data/plugins_listing"):
         pytest.skip("torch-tb-profiler is not installed")
-    for name in ("scalars", "custom_scalars", "hparams", "text", "images", "pytorch_profiler"):
-        assert listing[name]["enabled"], name
-    for _ in range(120):  # it reads the traces beside
-        if len(runs := fetch(f"{plugin}/runs")["runs"]) == 2:
-            break
+    # It reads the traces after the server has started.
+    deadline = time.monotonic() + 60
+    while "plain/tensorboard" not in fetch(f"{plugin}/runs")["runs"]:
+        assert time.monotonic() < deadline
         time.sleep(0.5)
-    for name, count in RANKS.items():
-        run = next(one for one in runs if one.startswith(name))
-        views = fetch(f"{plugin}/views", run=run)
-        assert {"Overview", "Operator", "Trace"} <= set(views)
-        assert ("Distributed" in views) == (count > 1)
-        workers = fetch(f"{plugin}/workers", run=run, view="Overview")
-        assert workers == [f"rank{rank}" for rank in range(count)]
-        for worker in workers:
-            [span, *_] = fetch(f"{plugin}/spans", run=run, view="Overview", worker=worker)
-            which = {"run": run, "worker": worker, "span": span}
-            overview = fetch(f"{plugin}/overview", **which, view="Overview")
-            assert len(overview["steps"]["rows"]) == 2  # the profiled steps
-            table = fetch(
-                f"{plugin}/operation/table", **which, view="Operator", group_by="Operation"
-            )
-            assert any("aten::addmm" in row["name"] for row in table["data"])
-            trace = fetch(f"{plugin}/trace", **which, view="Trace")
-            trace = json.loads(gzip.decompress(trace))
-            names = {event.get("name") for event in trace["traceEvents"]}
-            assert {"data", "forward", "backward", "optimizer"} <= names
-        if count > 1:
-            [span, *_] = fetch(f"{plugin}/spans", run=run, view="Distributed", worker="All")
-            which = {"run": run, "worker": "All", "span": span, "view": "Distributed"}
-            overlap = fetch(f"{plugin}/distributed/overlap", **which)
-            assert len(next(iter(overlap["data"].values()))) == count
-            assert fetch(f"{plugin}/distributed/commops", **which)["data"]
+    run = {"run": "plain/tensorboard"}
+    views = fetch(f"{plugin}/views", **run)
+    assert {"Overview", "Operator", "Trace"} <= set(views)
+    assert fetch(f"{plugin}/workers", **run, view="Overview") == ["rank0"]
+    [span] = fetch(f"{plugin}/spans", **run, view="Overview", worker="rank0")
+    worker = {**run, "worker": "rank0", "span": span}
+    overview = fetch(f"{plugin}/overview", **worker, view="Overview")
+    assert len(overview["steps"]["rows"]) == 2
+    operators = fetch(f"{plugin}/operation/table", **worker, view="Operator", group_by="Operation")
+    assert any("aten::addmm" in row["name"] for row in operators["data"])
