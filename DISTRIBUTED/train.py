@@ -67,9 +67,8 @@ N_BEST = 20
 MAX_ANSWER_TOKENS = 30
 EVALUATION_BATCH_TOKENS = 16384
 SAVE_SECONDS = 300
-FEATURES_VERSION = (
-    2  # to be raised when build_features changes: the kept features are then made anew
-)
+# To be raised when build_features changes: features that were kept are then made anew.
+FEATURES_VERSION = 2
 # A training that would take a CPU more hours than this is taken for a mistake.
 CPU_HOURS = 2
 # A step of warm-up for the profiler itself, then two that it records.
@@ -685,14 +684,14 @@ def forget_last_call(tokenizer):
 
 
 def read_features(file):
-    """Returns the arrays that were kept, or None where there are none, or damaged ones."""
+    """Returns the arrays that were kept, or None where there are none, or none that can be read."""
     try:
         with np.load(file) as arrays:  # without pickles; a zip checks its sums
             return dict(arrays)
     except FileNotFoundError:
         return None
     except Exception as error:  # zipfile, numpy and the file system each have their own
-        log(f"{file} is damaged ({error}) and is made again")
+        log(f"{file} cannot be read ({error}) and is made again")
         return None
 
 
@@ -793,11 +792,11 @@ def pack_rows(sizes):
     """Lays each micro-batch's features end to end, in rows of one length for the whole training,
     since a shape that never changes is compiled once.
 
-    sizes [steps, micro-batches, features]: their tokens, 0 where there is no feature (it holds one
-    token of no weight). Returns cu_seqlens [steps, micro-batches, sequences + 1], named as flash
-    attention names it: where each sequence begins, then the row's end. What is left of the row is
-    cut into sequences too. None is longer than the longest feature, and none is empty: nested
-    tensors are told these bounds, so that they need not ask the device for them."""
+    sizes [steps, micro-batches, features]: their tokens, or 0 for no feature: then one token
+    stands for it. Returns cu_seqlens [steps, micro-batches, sequences + 1], a name from flash
+    attention: where each sequence begins, then the row's end. What is left of the row is cut into
+    sequences too. None is longer than the longest feature, and none is empty: nested tensors are
+    told these bounds, so that they need not ask the device for them."""
     ends = np.maximum(sizes, 1).cumsum(axis=2)
     last_ends = ends[:, :, -1:]
     longest = max(int(sizes.max()), 2)
@@ -840,12 +839,12 @@ def make_batch(table, chosen, width, row_tokens=None, cu_seqlens=None):
     Returns a dict: inputs, the model's keyword arguments, of which transformers hands those that it
     does not know on to the attention function; real [rows, width]: where there is a token;
     places [rows, width]: where that token is in the packed row, or None; labels [rows, 2]: the
-    answer's first and last token; weights [rows]: 1, or 0 where there is no feature."""
+    answer's first and last token. A row without a feature holds one token, and its label is that
+    one: its loss is 0, and so is its gradient."""
     device = chosen.device
     rows = len(chosen)
     present = chosen >= 0
     chosen = chosen.clamp(min=0)
-    # A row without a feature holds one token: with none its loss would be NaN.
     lengths = torch.where(present, table["lengths"][chosen], 1)
     columns = torch.arange(width, device=device)
     real = columns < lengths[:, None]
@@ -879,7 +878,6 @@ def make_batch(table, chosen, width, row_tokens=None, cu_seqlens=None):
         "real": real,
         "places": places,
         "labels": labels * present[:, None],
-        "weights": present.float(),
     }
 
 
@@ -1040,7 +1038,7 @@ class SpanModel(torch.nn.Module):
         so the micro-batches' losses, and their gradients, add up to the step's mean."""
         logits = span_logits(self.model, batch, self.args)
         losses = F.cross_entropy(logits, batch["labels"], reduction="none")  # [rows, 2]
-        return (losses.mean(dim=1) * batch["weights"]).sum() / count
+        return losses.mean(dim=1).sum() / count
 
 
 # 7. Optimiser and schedule
@@ -1180,6 +1178,10 @@ def open_output(output):
         raise Problem(f"--output {output}: another run writes there: wait, or choose another")
     except OSError:
         pass  # a file system without locks
+    # A full disk is told before anything is begun.
+    probe = output / ".probe"
+    write_atomically(probe, lambda file: file.write(bytes(2**16)))
+    probe.unlink()
     return lock
 
 

@@ -14,7 +14,7 @@ out=${OUT:?the folder that gpu.tgz is to be in}
 shared=${SHARED:-../shared}
 work=${WORK:-$(mktemp -d)}
 steps=${STEPS:-60}
-seconds=$((60 * ${MINUTES:-9}))
+seconds=$((60 * ${MINUTES:-8}))
 log=$work/log
 data=(--train-file "$shared/squad/train.json" --validation-file "$shared/squad/dev.json")
 

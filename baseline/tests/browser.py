@@ -83,9 +83,9 @@ class Browser:
         self.process.terminate()
         self.process.wait(20)
 
-    def look(self, address, words, curve_count=0, picture=None, seconds=60):
-        """Opens a page, waits until all the words and so many curves are on it, and returns what is
-        seen: texts, images (their sizes), paths.
+    def look(self, address, words, curve_count=0, image_count=0, picture=None, seconds=60):
+        """Opens a page, waits until all the words, so many curves and so many images of more than
+        300 pixels are on it, and returns what is seen: texts, images (their sizes), paths.
 
         picture: a file for a picture of the page."""
 
@@ -93,7 +93,9 @@ class Browser:
             return [word for word in words if word not in seen["texts"]]
 
         def is_ready(seen):
-            return not missing(seen) and len(curves(seen)) >= curve_count
+            images = [width for width, height in seen["images"] if width > 300]
+            drawn = len(curves(seen)) >= curve_count and len(images) >= image_count
+            return not missing(seen) and drawn
 
         seen = asyncio.run(self.visit(address, is_ready, picture, seconds))
         assert not missing(seen), f"{address}: {missing(seen)} not in: {seen['texts'][:3000]}"

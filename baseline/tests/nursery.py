@@ -139,6 +139,8 @@ def serve():
         what, argument = json.loads(line)
         answer = fork(argument) if what == "start" else poll(argument)
         print(json.dumps(answer), flush=True)
+    # At once: to unload the libraries takes seconds.
+    os._exit(0)
 
 
 def import_libraries():

@@ -31,7 +31,8 @@ time.sleep(float(os.environ.get("STUB_IMPORT", 0)))
 asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: asked.append(number))
-names = "CUDA_VISIBLE_DEVICES OMP_NUM_THREADS EXPECTED_WORLD_SIZE HF_HUB_OFFLINE RANK".split()
+names = "CUDA_VISIBLE_DEVICES OMP_NUM_THREADS EXPECTED_WORLD_SIZE HF_HUB_OFFLINE RANK NCCL_DEBUG"
+names = names.split()
 say("TRAIN", json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}]))
 preparing = "--prepare" in sys.argv
 if preparing:
@@ -189,7 +190,7 @@ while [[ $1 == -* ]]; do
     if [[ $1 == --nodes=* ]]; then nodes=${1#*=}; fi
     shift
 done
-for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done
+for ((i = 0; i < nodes; i++)); do SLURM_NODEID=$i env --default-signal "$@" & pids+=($!); done
 for pid in ${pids[@]}; do wait $pid || code=$?; done
 exit ${code:-0}
 """,

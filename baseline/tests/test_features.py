@@ -244,7 +244,7 @@ def test_a_damaged_cache_is_built_again(preparation):
         assert_same(built, again)
         if not cached:
             noticed += 1
-            assert "damaged" in preparation.lines[0]
+            assert "cannot be read" in preparation.lines[0]
             assert preparation.load()[1], "it is kept again"
     assert noticed > 20
 
@@ -446,6 +446,8 @@ def test_preparing_all_of_squad(train, squad, minilm, tmp_path):
     assert not built["cached"]
     assert read["cached"]
     assert built["features"] >= 87_600
-    assert built["processor_seconds"] < 40
+    # Where others keep the processor's caches busy, the same work takes longer.
+    crowded = os.getloadavg()[0] > os.cpu_count() + 1
+    assert built["processor_seconds"] < (80 if crowded else 40)
     assert built["memory"] < 1.5e9
     assert read["processor_seconds"] < 2

@@ -214,13 +214,26 @@ def test_one_seed_is_one_training(train, tmp_path):
     np.testing.assert_allclose(every_third, means, rtol=1e-6)
 
 
+def test_each_step_of_each_seed_draws_its_own_dropout(train, monkeypatch, tmp_path):
+    """With the same batch at every step, and nothing learnt, dropout alone changes the loss."""
+    batches = np.tile(np.arange(16), (6, 1))
+    monkeypatch.setattr(train, "plan_epoch", lambda lengths, args, epoch: batches)
+    losses_of_all = []
+    for seed in (1, 2):
+        words = ["--epochs", 1, "--learning-rate", 0, "--log-every", 1, "--seed", seed]
+        args = parse(train, *words)
+        model = make_model(args, attention_dropout=0.1, hidden_dropout=0.1)
+        losses_of_all += losses(run_training(train, args, tmp_path / str(seed), model=model))
+    assert len(losses_of_all) == 12
+    assert len(set(losses_of_all)) == 12
+
+
 def test_each_micro_batch_draws_its_own_dropout(train):
-    seeds = {
-        train.dropout_seed(seed, step, micro)
-        for seed in range(3)
-        for step in range(50)
-        for micro in range(4)
-    }
+    seeds = set()
+    for seed in range(3):
+        for step in range(50):
+            for micro in range(4):
+                seeds.add(train.dropout_seed(seed, step, micro))
     assert len(seeds) == 3 * 50 * 4
     assert train.dropout_seed(1, 2, 3) == train.dropout_seed(1, 2, 3)
 
