@@ -82,7 +82,7 @@ def make_row(case, rate, results, timings):
         round(1000 * seconds / steps),
         f"{100 * exposed['share']:.0f} %",
         round(results["tokens_per_second"]),
-        results["all_reduce"]["gigabytes_per_second"],
+        round(results["all_reduce"]["gigabytes_per_second"], 3),
     ]
 
 
