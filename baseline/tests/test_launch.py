@@ -234,6 +234,7 @@ def test_a_person_may_touch_stop(project, script):
     process = project.start("bash", script, "--sample", "--output", "out", **surroundings)
     for line in process.stdout:
         if line.startswith("TRAIN") and "--prepare" not in line:
+            (project.root / "out").mkdir(exist_ok=True)  # train.py makes it
             (project.root / "out/stop").touch()
             break
     output, error = process.communicate(timeout=25)

@@ -67,7 +67,8 @@ def sample(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample run")
     # The run takes its packages from where this test has them.
     environment = {"VENV": os.environ.get("VENV", sys.prefix), "SQUAD_CACHE": str(folder / "cache")}
-    words = ("baseline/run.sbatch", "--sample", "--output", folder / "run")
+    # No save by the clock, which would end a log interval early, where the machine is slow.
+    words = ("baseline/run.sbatch", "--sample", "--save-every", 1000, "--output", folder / "run")
     done = command("bash", *words, **environment)
     return folder / "run", done.stdout, done.stderr
 
@@ -463,7 +464,7 @@ def test_environment(start, tmp_path):
     environment = results["environment"]
     assert environment["slurm_job_id"] == "77"
     assert environment["restarts"] == results["restarts"] == 2
-    assert environment["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["torch"])
     assert environment["transformers"] == transformers.__version__
     assert environment["python"] == sys.version.split()[0]
     assert environment["hosts"] == [os.uname().nodename]
