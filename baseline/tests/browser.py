@@ -12,9 +12,11 @@ import urllib.parse
 import urllib.request
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
-    --disable-background-networking --disable-component-update --window-size=1500,1600
-    --remote-debugging-port=0"""
+# Without WebGL TensorBoard draws its charts as SVG, which is quicker where there is no GPU; a
+# container's /dev/shm is small.
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-3d-apis --disable-dev-shm-usage
+    --disable-quic --no-first-run --disable-sync --disable-background-networking
+    --disable-component-update --window-size=1500,1600 --remote-debugging-port=0"""
 # Returns {texts, images, paths}. Web components' insides, which shadow roots hide, are seen too.
 SEEN = """
 (() => {
@@ -105,6 +107,7 @@ class Browser:
     async def visit(self, address, is_ready, picture, seconds):
         import aiohttp
 
+        assert self.process.poll() is None, f"chromium has ended: {self.log.read_text()[-2000:]}"
         pages = fetch(f"http://127.0.0.1:{self.port}/json/list")
         [page] = [page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"]
         async with aiohttp.ClientSession() as session:

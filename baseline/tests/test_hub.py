@@ -32,7 +32,7 @@ def run(home, *words):
         env=offline(home),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
