@@ -433,7 +433,7 @@ def write_all_of_squad(source, path):
 
 @pytest.mark.slow
 def test_preparing_all_of_squad(train, squad, minilm, tmp_path):
-    """In 40 s of the processor's time and 1.5 GB, with all of torch; from the cache in 2 s."""
+    """In 40 s on two cores and 1.5 GB, with all of torch; from the cache in 2 s."""
     write_all_of_squad(squad / "train.json", tmp_path / "all.json")
     command = [sys.executable, "-c", ALL_OF_SQUAD, TRAIN, minilm, tmp_path / "all.json"]
     done = subprocess.run(
@@ -449,8 +449,7 @@ def test_preparing_all_of_squad(train, squad, minilm, tmp_path):
     assert not built["cached"]
     assert read["cached"]
     assert built["features"] >= 87_600
-    # Where others keep the processor's caches busy, the same work takes longer.
-    crowded = os.getloadavg()[0] > os.cpu_count() + 1
-    assert built["processor_seconds"] < (80 if crowded else 40)
+    # By the clock, so on an otherwise idle machine; the tokenizer uses both cores.
+    assert built["wall_seconds"] < 40
     assert built["memory"] < 1.5e9
     assert read["processor_seconds"] < 2
