@@ -5,6 +5,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { echo "$name: $*" >&2; }
+source "$root/baseline/compiled.sh"
 
 # 1. The run's folder: the --output among the arguments, or a new one.
 
@@ -57,6 +58,7 @@ run() {
 finish() {
     local code=$1 job
     rm -f -- "$output/stop"
+    pack_compiled
     # Asked to stop, and not finished: but a failure of its own (1, 2) stays one.
     if [ -n "$stopped_by" ] && [[ $code != [12] ]] && [ ! -e "$output/results.json" ]; then
         code=75

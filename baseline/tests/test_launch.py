@@ -335,7 +335,69 @@ def test_an_unfinished_run_and_a_finished_one_are_left_alone(project):
     assert text == "of the run"
 
 
-# 5. DISTRIBUTED/run_2x2.sbatch: the nodes
+# 5. Compiled code, on the node's own disk
+
+
+def archives(project):
+    return sorted((project.root / ".cache").glob("compiled-*"))
+
+
+@BOTH
+def test_compiled_code_is_unpacked_on_the_node_and_kept_once(project, script):
+    nodes = 2 if "2x2" in script else 1
+    job = project.slurm(nodes=nodes)
+    first = project.script(script, "--sample", "--output", "one", **job)
+    assert first.returncode == 0 and first.error == ""
+    assert first.output.count("COMPILED") == nodes and "KNOWN" not in first.output
+    (archive,) = archives(project)
+    written = archive.stat().st_mtime_ns
+    again = project.script(script, "--sample", "--output", "two", **job)
+    assert again.output.count("KNOWN") == nodes and "COMPILED" not in again.output
+    folders = re.findall(r"^KNOWN (.*)", again.output, re.MULTILINE)
+    assert len(set(folders)) == nodes
+    for folder in folders:
+        assert not folder.startswith(str(project.root)), "shared file systems give it trouble"
+        assert not Path(folder).exists(), "it is left on the node"
+    assert archives(project) == [archive] and archive.stat().st_mtime_ns == written
+    # Another torch has an archive of its own.
+    (project.bin / "nvidia-smi").write_text("#!/bin/sh\necho GPU: another\n")
+    other = project.script(script, "--sample", "--output", "three", **job)
+    assert other.output.count("COMPILED") == nodes and len(archives(project)) == 2
+
+
+def test_a_damaged_archive_is_ignored_and_replaced(project):
+    project.script("baseline/run.sbatch", "--output", "one")
+    (archive,) = archives(project)
+    whole = archive.read_bytes()
+    foreign = project.root / "foreign"
+    foreign.mkdir()
+    (foreign / "made-with").write_text("another torch\n")
+    project.run("tar", "-czf", "foreign.tar.gz", "-C", foreign, ".")
+    for number, content in enumerate(
+        [b"", whole[:-20], (project.root / "foreign.tar.gz").read_bytes()]
+    ):
+        archive.write_bytes(content)
+        answer = project.script("baseline/run.sbatch", "--output", f"again-{number}")
+        assert answer.returncode == 0 and "COMPILED" in answer.output
+        (line,) = answer.error.splitlines()
+        assert line.endswith(f"{archive.name} is damaged or was not made here: it is ignored")
+        answer = project.script("baseline/run.sbatch", "--output", f"then-{number}")
+        assert answer.error == "" and "KNOWN" in answer.output
+
+
+def test_code_that_cannot_be_kept_costs_no_run(project):
+    (project.root / "file").touch()
+    answer = project.script("baseline/run.sbatch", SQUAD_CACHE=str(project.root / "file"))
+    assert answer.returncode == 0
+    (line,) = answer.error.splitlines()
+    assert "the compiled code is not kept" in line
+    own = project.root / "own"
+    given = {"TORCHINDUCTOR_CACHE_DIR": str(own), "TRITON_CACHE_DIR": f"{own}/triton"}
+    answer = project.script("baseline/run.sbatch", "--output", "out", **given)
+    assert f"COMPILED {own}\n" in answer.output and archives(project) == []
+
+
+# 6. DISTRIBUTED/run_2x2.sbatch: the nodes
 
 
 def test_two_nodes_get_what_they_need(project):
@@ -429,7 +491,7 @@ def test_the_transport_that_nccl_chose_is_told(project):
     assert "connected" not in other.output, "it is the user's own log then"
 
 
-# 6. The ladder, the scaling, the preparation
+# 7. The ladder, the scaling, the preparation
 
 
 def test_the_ladder_changes_one_thing_a_rung(project):
