@@ -1952,7 +1952,9 @@ def check_cpu_hours(args, model, plan):
     hours = 6 * weights * int(plan["computed"].sum()) / flops_per_second / 3600 if plan else 0
     if args.device == "auto" and args.device_type == "cpu" and hours > CPU_HOURS:
         what = f"{len(plan['features']):,} steps of {args.batch_size} features take a CPU"
-        fix = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
+        gpu = "ask for a GPU (--gres)" if "SLURM_JOB_ID" in os.environ else "use sbatch"
+        less = "--limit N" if args.sample else "--sample or --limit N"
+        fix = f"{gpu}, {less}; --device cpu goes on regardless"
         raise Problem(f"{what} about {hours:.0f} hours: {fix}")
 
 
@@ -2079,6 +2081,9 @@ def run(args):
     if checkpoint:
         restore(checkpoint, model, optimizer, state)
     del checkpoint  # as large as weights and optimizer state together
+    # DIST: the ranks agree, or one would leave the others waiting
+    if all_reduce_max([stop_requested(output)], device)[0]:
+        return stopped(output, state)
     state["all_reduce"] = measure_all_reduce(model, args, device)  # DIST: a step's communication
     writer = open_writer(output, state)
     save = functools.partial(save_checkpoint, output, model, optimizer, state, settings)

@@ -177,7 +177,7 @@ esac
         return {"STUB_GPUS": ",".join(map(str, range(count)))}
 
     def slurm(self, nodes=1, gpus=1, job=123456):
-        """Stand-ins for srun and scontrol, and the variables of a job."""
+        """Stand-ins for srun, scontrol and squeue, and the variables of a job."""
         names = " ".join(f"n{i}" for i in range(nodes))
         executable(
             self.bin / "scontrol",
@@ -185,6 +185,7 @@ esac
 case "$1 $2" in
     "show hostnames") printf "%s\\n" {names} ;;
     "show node") echo "NodeName=$3 CPUAlloc=64" ;;
+    "show job") echo "JobState=RUNNING PreemptTime=${{STUB_PREEMPTED:-None}}" ;;
     *) echo "$@" >>"{self.root}/scontrol.log" ;;
 esac
 """,
@@ -193,6 +194,7 @@ esac
             self.bin / "srun",
             """#!/bin/bash
 echo "SRUN $*"
+if [ -n "${SLURM_MEM_PER_CPU:-}" ]; then echo "mutually exclusive" >&2; exit 1; fi
 while [[ $1 == -* ]]; do
     if [[ $1 == --nodes=* ]]; then nodes=${1#*=}; fi
     shift
@@ -202,6 +204,7 @@ for pid in ${pids[@]}; do wait $pid || code=$?; done
 exit ${code:-0}
 """,
         )
+        executable(self.bin / "squeue", '#!/bin/sh\necho "${STUB_LIMIT:-1:00:00}"\n')
         executable(
             self.bin / "getent",
             """#!/bin/sh

@@ -249,8 +249,10 @@ def test_hours_on_a_cpu_by_mistake(refused, start, tmp_path):
     patch = "def plan_training(*given, plan_training=plan_training):\n"
     patch += "    plan = plan_training(*given)\n"
     patch += "    return {**plan, 'computed': plan['computed'] * 10**6}\n"
-    says = ["hours", "sbatch", "--sample", "--limit", "--device cpu"]
+    says = ["hours", "use sbatch, --limit N; --device cpu"]
     refused("--sample", says=says, patch=patch)
+    says = ["hours", "ask for a GPU (--gres), --limit N; --device cpu"]
+    refused("--sample", says=says, patch=patch, SLURM_JOB_ID="7")
     words = ("--sample", "--device", "cpu", "--max-steps", 1, "--no-profile")
     start(*words, "--output", tmp_path / "meant", patch=patch).end()
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,99 @@ def test_of_an_array_only_this_task_goes_back(project):
     assert requeues(project) == ["requeue 123456_4"]
 
 
+@pytest.mark.parametrize("script", SBATCH, ids=lambda p: p.name)
+def test_a_stop_counts_before_the_project_is_found(project, script):
+    """The scripts' own first lines: a slow file system can take its time to find job.sh."""
+    copy = project.root.parent / "slurm_script"
+    text = script.read_text()
+    assert text.count("\nfor root in ") == 1
+    copy.write_text(text.replace("\nfor root in ", "\necho BEGUN; sleep 1\nfor root in "))
+    job = project.slurm(nodes=2) | {"VENV": str(project.venv)}
+    process = project.start("bash", copy, "--sample", "--output", "out", **job)
+    assert process.stdout.readline() == "BEGUN\n"
+    process.send_signal(signal.SIGUSR1)
+    output, error = process.communicate(timeout=25)
+    assert process.returncode == 75 and told(output) == [], error
+    assert requeues(project) == ["requeue 123456"]
+
+
+def test_a_job_that_was_cancelled_stays_so(project):
+    """Though its time is nearly up too; and of several signals none is lost or kills."""
+    job = project.slurm() | {"VENV": str(project.venv), "STUB_TRAIN": "30"}
+    # Deaf for a second: the request is kept until it is asked for.
+    stub = project.root / "baseline/train.py"
+    text = stub.read_text().replace("until = time", "time.sleep(1)\nuntil = time")
+    stub.write_text(text)
+    process = project.start("bash", "baseline/run.sbatch", "--output", "out", **job)
+    for line in process.stdout:
+        if line.startswith("TRAIN"):
+            break
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+        time.sleep(0.2)
+    output, error = process.communicate(timeout=25)
+    assert process.returncode == 75 and "SAVED" in output, error
+    assert requeues(project) == []
+
+
+@BOTH
+def test_what_slurm_preempts_with_a_grace_goes_back(project, script):
+    """SLURM then tells the ranks, and not the script: they end by themselves. TRAIN ends with 75, or
+    in a rank with 0, if the file stop is there; nobody has asked the script."""
+    job = project.slurm() | {"VENV": str(project.venv), "STUB_TRAIN": "30"}
+    for preempted, wanted in (("None", []), ("2026-11-28T11:20:02", ["requeue 123456"])):
+        surroundings = job | {"STUB_PREEMPTED": preempted}
+        given = ("--sample", "--output", f"out-{preempted[:4]}")
+        process = project.start("bash", script, *given, **surroundings)
+        for line in process.stdout:
+            if line.startswith("TRAIN") and "--prepare" not in line:
+                (project.root / given[-1]).mkdir(exist_ok=True)
+                (project.root / given[-1] / "stop").touch()
+                break
+        output, error = process.communicate(timeout=25)
+        assert process.returncode == 75 and "SAVED" in output, error
+        assert requeues(project) == wanted
+
+
+def test_starts_that_save_nothing_end_after_three(project):
+    def start(number, saves=False, **more):
+        checkpoint = project.root / "out/checkpoint.pt"
+        if saves:
+            stub.write_text(f"open({str(checkpoint)!r}, 'w').write('{number}')\n{text}")
+            os.utime(checkpoint, (number, number)) if checkpoint.exists() else None
+        else:
+            stub.write_text(text)
+        job = project.slurm() | {"SLURM_RESTART_COUNT": str(number)} | more
+        given = ("baseline/run.sbatch", "TRAIN", signal.SIGUSR1, "--output", "out")
+        return ask_to_stop(project, *given, **job)
+
+    stub = project.root / "baseline/train.py"
+    text = stub.read_text()
+    for number in range(2):
+        assert "goes back to the queue" in start(number).output
+    assert "goes back to the queue" in start(2, saves=True).output, "it makes progress"
+    for number in range(3, 5):
+        assert "goes back to the queue" in start(number).output
+    last = start(5)
+    assert last.returncode == 75 and "goes back" not in last.output
+    assert "three starts in a row have saved nothing" in last.error
+    assert len(requeues(project)) == 5
+    # Submitted again, it is counted anew.
+    assert "goes back to the queue" in start(0).output
+    assert (
+        project.script("baseline/run.sbatch", "--output", "out", **project.slurm()).returncode == 0
+    )
+    assert not (project.root / "out/.starts").exists()
+
+
+def test_a_limit_shorter_than_its_warning_is_told(project):
+    for limit, told_so in (("2:00", True), ("1:00:00", False)):
+        job = project.slurm() | {"STUB_LIMIT": limit}
+        given = ("baseline/run.sbatch", "TRAIN", signal.SIGUSR1, "--output", limit)
+        answer = ask_to_stop(project, *given, **job)
+        assert ("a limit of 2:00 is too short for a warning" in answer.error) == told_so
+
+
 def test_a_job_warned_before_it_trains_goes_back_too(project, slow):
     job = project.slurm() | slow
     answer = ask_to_stop(project, "baseline/run.sbatch", "baseline: on", signal.SIGUSR1, **job)
@@ -402,7 +496,10 @@ def test_code_that_cannot_be_kept_costs_no_run(project):
 
 def test_two_nodes_get_what_they_need(project):
     script = "DISTRIBUTED/run_2x2.sbatch"
-    answer = project.script(script, "--sample", **project.slurm(nodes=2, gpus=2))
+    job = project.slurm(nodes=2, gpus=2)
+    # As a shell within another allocation leaves it; srun refuses it beside the job's own.
+    job["SLURM_MEM_PER_CPU"] = "100"
+    answer = project.script(script, "--sample", **job)
     assert answer.returncode == 0, answer.error
     agents = words(answer.output, "TORCHRUN")
     assert sorted(value(agent, "--node-rank") for agent in agents) == ["0", "1"]
