@@ -203,8 +203,18 @@ def slow(project):
     return SLOW | {"BASH_ENV": str(profile)}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("number", "everyone"), [(signal.SIGUSR1, False), (signal.SIGINT, True)])
+QUICK = ["baseline/run.sbatch: train.py imports", "DISTRIBUTED/run_2x2.sbatch: the ranks import"]
+ONE_OR_ALL = [(signal.SIGUSR1, False), (signal.SIGINT, True)]
+EACH = itertools.product(MOMENTS, ONE_OR_ALL)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "everyone"),
+    [
+        pytest.param(moment, *how, marks=[] if moment in QUICK else pytest.mark.slow)
+        for moment, how in EACH
+    ],
+)
 def test_a_stop_counts_at_any_moment(project, slow, moment, number, everyone):
     """A terminal sends Ctrl-C to all processes, SLURM its warning to the script alone."""
     script = moment.split(":")[0]
