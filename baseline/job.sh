@@ -45,8 +45,8 @@ check_limit() {  # SLURM warns at once where the limit is shorter than the warni
     local limit=''
     if [ -n "$job_id" ]; then limit=$(squeue -h -j "$job_id" -o %l 2>/dev/null) || true; fi
     if [ "$SECONDS" -lt 60 ] && [[ $limit == ?:?? ]]; then
-        say "warned $SECONDS s after its start: a limit of $limit is too short for a warning three" \
-            "minutes before its end: raise --time, or warn later (--signal=B:USR1@60)"
+        say "warned $SECONDS s after its start: a limit of $limit is too short for a warning that" \
+            "comes three minutes before it, or so: raise --time, or give --signal=B:USR1@60"
     fi
 }
 
