@@ -72,22 +72,25 @@ def draw_features(lengths):
     }
 
 
-def make_step(train, words, config=None, count=3200):
+def make_step(train, words, config=None, count=3200, lengths=None):
     """Returns step(number), which trains that step, from 0, as train.py does with these words on
     its command line; step.model, step.plan, step.args and step.lengths are what it trains.
 
     train: baseline/train.py or its twin as a module, the twin with its ranks connected. config: a
-    BertConfig, by default BERT-Base's. count: how many features are drawn."""
+    BertConfig, by default BERT-Base's. count: how many features are drawn; or lengths: theirs."""
     args = train.parse_arguments(["--device", "cuda", "--epochs", "1", *map(str, words)])
     train.configure_libraries(args)
     device = torch.device("cuda")
+    if args.cuda_graph:
+        torch.cuda.set_stream(torch.cuda.Stream())
     model = transformers.AutoModelForQuestionAnswering.from_config(
         config or transformers.BertConfig(),
         attn_implementation=args.attention,
         dtype=torch.float32,
     )
     model.to(device)
-    lengths = draw_lengths(count)
+    if lengths is None:
+        lengths = draw_lengths(count)
     features = draw_features(lengths)
     tokenizer = SimpleNamespace(pad_token_id=0)
     features["table"] = train.feature_table(features, tokenizer, model, device)
@@ -103,11 +106,20 @@ def make_step(train, words, config=None, count=3200):
     optimizer = train.make_optimizer(model, args)
     steps = len(plan["features"])
     interval = train.Interval(device, steps, 0)
+    graph = None
 
     def step(number):
-        train.training_step(
-            args, number, steps, span_model, optimizer, features, plan, clock, interval
-        )
+        nonlocal graph
+        factor = train.learning_rate_factor(number, steps, args.warmup)
+        train.set_learning_rate(optimizer, factor)
+        if args.cuda_graph and number == train.StepGraph.AFTER:
+            graph = train.StepGraph(args, span_model, optimizer, features, plan, device)
+        if graph:
+            graph.replay(number, interval)
+        else:
+            train.training_step(
+                args, number, span_model, optimizer, features, plan, clock, interval
+            )
 
     step.args = args
     step.model = model
