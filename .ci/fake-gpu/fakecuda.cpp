@@ -270,9 +270,12 @@ API cudaError_t cudaStreamQuery(cudaStream_t s) {
     REFUSE("cudaStreamQuery");
     return cudaSuccess;
 }
+static thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 API cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     put("SYNC", id(s), "cudaStreamSynchronize");
-    REFUSE("cudaStreamSynchronize");
+    // In the relaxed mode a thread may wait for a stream that is not being captured.
+    if (capture_mode != cudaStreamCaptureModeRelaxed || captured().count(id(s)))
+        REFUSE("cudaStreamSynchronize");
     return cudaSuccess;
 }
 API cudaError_t cudaDeviceSynchronize() {
@@ -316,7 +319,10 @@ API cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t s, cudaStreamCaptureSta
     if (k) *k = 0;
     return cudaSuccess;
 }
-API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    std::swap(capture_mode, *mode);
+    return cudaSuccess;
+}
 API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* x, cudaGraph_t, unsigned long long) {
     *x = (cudaGraphExec_t)0x78;
     return cudaSuccess;
