@@ -1293,7 +1293,7 @@ CHARTS = {
     "tokens": tokens_chart,
     "ladder": ladder_chart,
 }
-MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured"]
+MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured", "predicted"]
 
 
 def section(title, *parts):
