@@ -154,6 +154,7 @@ def make_parser():
     add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16; on a CPU fp32)")
     add("--compile", action=on_or_off, help="each layer (default: on a GPU)")
     add("--fused", action=on_or_off, default=True, help="AdamW in one kernel (default: on)")
+    add("--cuda-graph", action="store_true", help="one launch per step (default: off)")
 
     # DIST: how the work is split among the ranks, and what they send of the gradients.
     add = parser.add_argument_group("distribution").add_argument
@@ -196,6 +197,8 @@ def parse_arguments(argv=None):
         raise Problem(f"--batch-size is smaller than --accumulate x {ranks} ranks: raise it")
     if args.strategy == "dp" and (ranks > 1 or args.batching == "packed" or args.compile):
         raise Problem("--strategy dp: one process, with --batching bucketed and without --compile")
+    if args.cuda_graph:  # DIST: it would have to hold NCCL's calls too, which no GPU has tried
+        raise Problem("--cuda-graph is for one GPU: use baseline/train.py")
     args.gradients = args.gradients or ("bf16" if cuda and ranks > 1 else "fp32")
 
     args.device_type = "cuda" if cuda else "cpu"
@@ -811,7 +814,8 @@ def pack_rows(sizes):
 
 
 def plan_to_device(plan, device):
-    """Copies the plan's indices to the device, once."""
+    """Copies to the device, once, what the steps take from the plan."""
+    plan["device_count"] = torch.tensor(plan["count"], device=device)
     plan["device_features"] = torch.tensor(plan["features"], device=device)
     if "cu_seqlens" in plan:
         plan["device_cu_seqlens"] = torch.tensor(plan["cu_seqlens"], device=device)
@@ -1033,12 +1037,11 @@ class SpanModel(torch.nn.Module):
         self.model = model
         self.args = args
 
-    def forward(self, batch, count):
-        """Returns the sum of the micro-batch's losses divided by count, the features of the step:
-        so the micro-batches' losses, and their gradients, add up to the step's mean."""
+    def forward(self, batch):
+        """Returns the sum of the micro-batch's losses."""
         logits = span_logits(self.model, batch, self.args)
         losses = F.cross_entropy(logits, batch["labels"], reduction="none")  # [rows, 2]
-        return losses.mean(dim=1).sum() / count
+        return losses.mean(dim=1).sum()
 
 
 # 7. Optimiser and schedule
@@ -1069,6 +1072,12 @@ def learning_rate_factor(step, steps, warmup):
     rising = (step + 1) / warmup_steps
     falling = (steps - step) / max(steps - warmup_steps, 1)
     return min(rising, falling)
+
+
+def set_learning_rate(optimizer, factor):
+    """Sets each group's rate, a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
 
 # 8. Timing and profiling
@@ -1454,11 +1463,10 @@ def planned_batch(table, plan, step, micro):
     return make_batch(table, chosen, width, plan["row_tokens"], cu_seqlens)
 
 
-def training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval):
-    """One optimiser step: the micro-batches' gradients add up, are clipped and move the weights."""
-    factor = learning_rate_factor(step, steps, args.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+def training_step(args, step, span_model, optimizer, features, plan, clock, interval):
+    """One optimiser step: the micro-batches' gradients add up, are clipped and move the weights.
+
+    Their losses are divided by the features of the whole step, so that they add up to its mean."""
     for micro in range(args.accumulate):
         torch.manual_seed(dropout_seed(args.seed, step, micro))
         with clock("data"):
@@ -1466,7 +1474,7 @@ def training_step(args, step, steps, span_model, optimizer, features, plan, cloc
         # DIST: one reduction per step, after its last micro-batch.
         with gradient_sync(span_model, args, is_last=micro == args.accumulate - 1):
             with clock("forward"):
-                loss = span_model(batch, int(plan["count"][step]))
+                loss = span_model(batch) / plan["device_count"][step]
             with clock("backward"):
                 loss.backward()
         interval.add_loss(step, loss)
@@ -1501,7 +1509,9 @@ def train(
     span_model.train()
     with make_profiler(f"{output}/tensorboard", skipped, device, state) as profiler:
         for step in range(first, steps):
-            training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval)
+            set_learning_rate(optimizer, learning_rate_factor(step, steps, args.warmup))
+            # DIST: never a StepGraph, see parse_arguments.
+            training_step(args, step, span_model, optimizer, features, plan, clock, interval)
             profiler.step()
             done = step + 1
             # Not at each of a GPU's steps: it is a look at the disk.
@@ -1559,7 +1569,7 @@ def end_interval(args, measured, plan, clock, state, device, writer):
         "features": int(plan["count"][span].sum()),
         "squares": int(plan["squares"][span].sum()),
         "memory_gib": peak_memory_gib(device),
-        "phases": clock.read(),
+        "phases": {} if args.cuda_graph else clock.read(),  # a graph is timed as a whole
     }
     state["intervals"].append(measured)
     state["step"] = done
@@ -1784,6 +1794,8 @@ def make_timings(plan, state, train_seconds):
         phases[phase] = {"seconds": spent, "share": spent / seconds}
     # DIST: sharded strategies tell only in their trace what they waited for (baseline/report.py).
     phases.setdefault("exposed_communication", {"seconds": None, "share": None})
+    for name in ("data", "forward", "backward", "optimizer"):  # not known of a CUDA graph
+        phases.setdefault(name, {"seconds": None, "share": None})
     for name, spent in state["seconds"].items():  # beside the steps: of all of the training
         share = spent / train_seconds if train_seconds else None
         phases[name] = {"seconds": spent, "share": share}
@@ -1902,7 +1914,7 @@ def describe(results, timings):
         "padding": f"{show('padding_share', '{:.1%}')} of the tokens computed",
         "MFU": f"{show('model_flops_utilization', '{:.1%} of the peak of such a device')}",
         "memory": f"{show('peak_memory_gib')} GiB at most",
-        "phases": ", ".join(phases).replace("_", " "),
+        "phases": ", ".join(phases).replace("_", " ") or "not measured",
         "exact match, F1": f"{show('exact_match', '{:.2f}')}, {show('f1', '{:.2f}')}"
         f" ({results['scorer']} scorer); BERT-Base in its paper, on all of SQuAD v1.1:"
         f" {PAPER['exact_match']}, {PAPER['f1']}",

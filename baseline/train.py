@@ -138,6 +138,7 @@ def make_parser():
     add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16; on a CPU fp32)")
     add("--compile", action=on_or_off, help="each layer (default: on a GPU)")
     add("--fused", action=on_or_off, default=True, help="AdamW in one kernel (default: on)")
+    add("--cuda-graph", action="store_true", help="one launch per step (default: off)")
 
     add = parser.add_argument_group("what a run leaves").add_argument
     add("--output", help=f"folder (default: runs/{HERE.name}-JOBID or -DATE-TIME)")
@@ -170,6 +171,10 @@ def parse_arguments(argv=None):
         raise Problem("--stride: give less than --max-length - 3")
     if args.batch_size < args.accumulate:
         raise Problem("--batch-size is smaller than --accumulate: raise it")
+    same_shapes = args.batching in ("padded", "packed") and args.accumulate == 1
+    if args.cuda_graph and not (cuda and same_shapes and args.fused):
+        fix = "give it on a GPU, with --batching packed or padded, --accumulate 1 and --fused"
+        raise Problem(f"--cuda-graph: {fix}")
 
     args.device_type = "cuda" if cuda else "cpu"
     args.precision = args.precision or ("bf16" if cuda else "fp32")
@@ -609,7 +614,8 @@ def pack_rows(sizes):
 
 
 def plan_to_device(plan, device):
-    """Copies the plan's indices to the device, once."""
+    """Copies to the device, once, what the steps take from the plan."""
+    plan["device_count"] = torch.tensor(plan["count"], device=device)
     plan["device_features"] = torch.tensor(plan["features"], device=device)
     if "cu_seqlens" in plan:
         plan["device_cu_seqlens"] = torch.tensor(plan["cu_seqlens"], device=device)
@@ -830,12 +836,11 @@ class SpanModel(torch.nn.Module):
         self.model = model
         self.args = args
 
-    def forward(self, batch, count):
-        """Returns the sum of the micro-batch's losses divided by count, the features of the step:
-        so the micro-batches' losses, and their gradients, add up to the step's mean."""
+    def forward(self, batch):
+        """Returns the sum of the micro-batch's losses."""
         logits = span_logits(self.model, batch, self.args)
         losses = F.cross_entropy(logits, batch["labels"], reduction="none")  # [rows, 2]
-        return losses.mean(dim=1).sum() / count
+        return losses.mean(dim=1).sum()
 
 
 # 7. Optimiser and schedule
@@ -866,6 +871,12 @@ def learning_rate_factor(step, steps, warmup):
     rising = (step + 1) / warmup_steps
     falling = (steps - step) / max(steps - warmup_steps, 1)
     return min(rising, falling)
+
+
+def set_learning_rate(optimizer, factor):
+    """Sets each group's rate, a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
 
 # 8. Timing and profiling
@@ -1225,17 +1236,16 @@ def planned_batch(table, plan, step, micro):
     return make_batch(table, chosen, width, plan["row_tokens"], cu_seqlens)
 
 
-def training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval):
-    """One optimiser step: the micro-batches' gradients add up, are clipped and move the weights."""
-    factor = learning_rate_factor(step, steps, args.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+def training_step(args, step, span_model, optimizer, features, plan, clock, interval):
+    """One optimiser step: the micro-batches' gradients add up, are clipped and move the weights.
+
+    Their losses are divided by the features of the whole step, so that they add up to its mean."""
     for micro in range(args.accumulate):
         torch.manual_seed(dropout_seed(args.seed, step, micro))
         with clock("data"):
             batch = planned_batch(features["table"], plan, step, micro)
         with clock("forward"):
-            loss = span_model(batch, int(plan["count"][step]))
+            loss = span_model(batch) / plan["device_count"][step]
         with clock("backward"):
             loss.backward()
         interval.add_loss(step, loss)
@@ -1244,6 +1254,54 @@ def training_step(args, step, steps, span_model, optimizer, features, plan, cloc
         optimizer.step()
         span_model.zero_grad()
     interval.add_norm(step, norm)
+
+
+class StepGraph:
+    """A whole training step, recorded once as a CUDA graph: the host then launches it as one, in
+    place of its thousand kernels ("Whole-network capture" in torch's notes on CUDA semantics).
+
+    A graph repeats what was recorded, on the same memory: so it has a plan of one step for its
+    input, learning rates, and a place for its loss, all on the device and of its own. The default
+    stream cannot be recorded, so all of the run is on another one."""
+
+    AFTER = 3  # steps, in which all is allocated and compiled
+
+    def __init__(self, args, span_model, optimizer, features, plan, device):
+        self.args = args
+        self.optimizer = optimizer
+        self.plan = plan
+        self.input = dict(plan)
+        for name in plan:
+            if name.startswith("device_"):
+                self.input[name] = plan[name][:1].clone()
+        self.interval = Interval(device, longest=1, first_step=0)
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, self.rates):
+            group["lr"] = rate
+            group["capturable"] = True
+        # While recording, a seed can only be set to what it is.
+        torch.manual_seed(dropout_seed(args.seed, 0, 0))
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            untimed = contextlib.nullcontext
+            training_step(
+                args, 0, span_model, optimizer, features, self.input, untimed, self.interval
+            )
+        for group in optimizer.param_groups:
+            group["capturable"] = False  # a checkpoint is as any other run's
+
+    def replay(self, step, interval):
+        """Takes the place of training_step."""
+        torch.manual_seed(dropout_seed(self.args.seed, step, 0))  # replaying hands it to the GPU
+        for name in self.input:
+            if name.startswith("device_"):
+                self.input[name].copy_(self.plan[name][step])
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            rate.fill_(group["lr"])
+        self.interval.losses.zero_()
+        self.graph.replay()
+        interval.add_loss(step, self.interval.losses[0])
+        interval.add_norm(step, self.interval.norms[0])
 
 
 def train(
@@ -1261,6 +1319,7 @@ def train(
     profiled = args.profile and not state["operators"] and steps - first >= 8
     measured_from = warmup_end + PROFILER_STEPS if profiled else warmup_end
     steady = find_steady_steps(plan, first, measured_from, args)
+    graph = None
     skipped = warmup_end - first if profiled else None
     if is_evaluation_due(args, plan, first) and not is_evaluated(state) and evaluate() is None:
         return
@@ -1269,7 +1328,13 @@ def train(
     span_model.train()
     with make_profiler(f"{output}/tensorboard", skipped, device, state) as profiler:
         for step in range(first, steps):
-            training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval)
+            set_learning_rate(optimizer, learning_rate_factor(step, steps, args.warmup))
+            if args.cuda_graph and step == first + StepGraph.AFTER:
+                graph = StepGraph(args, span_model, optimizer, features, plan, device)
+            if graph:
+                graph.replay(step, interval)
+            else:
+                training_step(args, step, span_model, optimizer, features, plan, clock, interval)
             profiler.step()
             done = step + 1
             # Not at each of a GPU's steps: it is a look at the disk.
@@ -1325,7 +1390,7 @@ def end_interval(args, measured, plan, clock, state, device, writer):
         "features": int(plan["count"][span].sum()),
         "squares": int(plan["squares"][span].sum()),
         "memory_gib": peak_memory_gib(device),
-        "phases": clock.read(),
+        "phases": {} if args.cuda_graph else clock.read(),  # a graph is timed as a whole
     }
     state["intervals"].append(measured)
     state["step"] = done
@@ -1540,6 +1605,8 @@ def make_timings(plan, state, train_seconds):
     for phase in dict.fromkeys(name for interval in chosen for name in interval["phases"]):
         spent = sum(interval["phases"].get(phase, 0.0) for interval in chosen)
         phases[phase] = {"seconds": spent, "share": spent / seconds}
+    for name in ("data", "forward", "backward", "optimizer"):  # not known of a CUDA graph
+        phases.setdefault(name, {"seconds": None, "share": None})
     for name, spent in state["seconds"].items():  # beside the steps: of all of the training
         share = spent / train_seconds if train_seconds else None
         phases[name] = {"seconds": spent, "share": share}
@@ -1629,7 +1696,7 @@ def describe(results, timings):
         "padding": f"{show('padding_share', '{:.1%}')} of the tokens computed",
         "MFU": f"{show('model_flops_utilization', '{:.1%} of the peak of such a device')}",
         "memory": f"{show('peak_memory_gib')} GiB at most",
-        "phases": ", ".join(phases).replace("_", " "),
+        "phases": ", ".join(phases).replace("_", " ") or "not measured",
         "exact match, F1": f"{show('exact_match', '{:.2f}')}, {show('f1', '{:.2f}')}"
         f" ({results['scorer']} scorer); BERT-Base in its paper, on all of SQuAD v1.1:"
         f" {PAPER['exact_match']}, {PAPER['f1']}",
@@ -1782,6 +1849,8 @@ def run(args):
         return 0
 
     device = torch.device(args.device_type)
+    if args.cuda_graph:
+        torch.cuda.set_stream(torch.cuda.Stream())
     move_to_device(args, model, tokenizer, features, validation, plan, device)
     span_model = SpanModel(model, args)
     clock = Clock(device)

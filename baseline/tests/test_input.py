@@ -242,6 +242,7 @@ def test_command_refuses_options(words, says, refused):
 def test_gpu_that_is_not_there(refused):
     refused("--sample", "--device", "cuda", says=["--device cuda", "GPU"])
     refused("--sample", "--precision", "tf32", says=["--precision tf32", "GPU"])
+    refused("--sample", "--cuda-graph", says=["--cuda-graph", "GPU"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

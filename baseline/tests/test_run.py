@@ -553,7 +553,7 @@ def test_results_do_not_claim_a_compilation_that_was_not(start, tmp_path):
 
 INTERFACE = """--model --train-file --validation-file --sample --limit --max-length --stride
     --epochs --max-steps --evaluate-every --batch-size --accumulate --batching --device --precision
-    --compile --no-compile --learning-rate --warmup --weight-decay --dropout --seed --output
+    --compile --no-compile --cuda-graph --learning-rate --warmup --weight-decay --dropout --seed --output
     --log-every --save-every --profile --no-profile"""
 
 
@@ -585,6 +585,7 @@ def test_defaults_are_those_of_the_interface(train, monkeypatch):
         "batching": "packed",
         "precision": "fp32",
         "compile": False,
+        "cuda_graph": False,
         "learning_rate": 5e-5,
         "warmup": 0.1,
         "weight_decay": 0.01,
