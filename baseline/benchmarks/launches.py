@@ -91,14 +91,16 @@ def draw_features(lengths):
 
 
 def make_step(train, words, config=None, count=3200):
-    """Returns step(number), which trains that step, from 0, as train.py does with these words on
-    its command line; step.args, step.model, step.features, step.plan are what it trains with.
+    """Returns step(number), which trains that step, as train.py does with these words on its command
+    line. The steps begin at 0; with --cuda-graph step 3 is recorded. step.args, step.model, step.features, step.plan are what it trains with.
 
     train: baseline/train.py or its twin as a module, the twin with its ranks connected. config: a
     BertConfig, by default BERT-Base's. count: how many features are drawn."""
     args = train.parse_arguments(["--device", "cuda", "--epochs", "1", *map(str, words)])
     train.configure_libraries(args)
     device = torch.device("cuda")
+    stream = torch.cuda.Stream() if args.cuda_graph else torch.cuda.default_stream()
+    torch.cuda.set_stream(stream)
     model = transformers.AutoModelForQuestionAnswering.from_config(
         config or transformers.BertConfig(),
         attn_implementation=args.attention,
@@ -122,10 +124,20 @@ def make_step(train, words, config=None, count=3200):
     steps = len(plan["features"])
     interval = train.Interval(device, steps, 0)
 
+    graph = None
+
     def step(number):
-        train.training_step(
-            args, number, steps, span_model, optimizer, features, plan, clock, interval
-        )
+        nonlocal graph
+        factor = train.learning_rate_factor(number, steps, args.warmup)
+        train.set_learning_rate(optimizer, factor)
+        if args.cuda_graph and number == train.StepGraph.AFTER:
+            graph = train.StepGraph(args, span_model, optimizer, features, plan, device)
+        if graph:
+            graph.replay(number, interval)
+        else:
+            train.training_step(
+                args, number, span_model, optimizer, features, plan, clock, interval
+            )
 
     step.args = args
     step.model = model
@@ -138,7 +150,7 @@ def make_step(train, words, config=None, count=3200):
 SETTINGS = [
     [*ways, "--batch-size", batch_size]
     for batch_size in (32, 128)
-    for ways in (["--no-compile"], ["--compile"])
+    for ways in (["--no-compile"], ["--compile"], ["--compile", "--cuda-graph"])
 ]
 
 
@@ -150,12 +162,12 @@ def count_launches(train):
         step = None
         gc.collect()  # the memory of the settings before
         torch.cuda.empty_cache()
-        step = make_step(train, words)
-        for number in range(3):  # they compile and allocate
-            step(number)
         torch.cuda.reset_peak_memory_stats()
+        step = make_step(train, words)
+        for number in range(4):  # they compile, allocate, and make the CUDA graph
+            step(number)
         with record() as calls:
-            step(3)
+            step(4)
         counts = [sum(call.kind == kind for call in calls) for kind in COUNTED]
         launched = sum(call.kind in LAUNCHES for call in calls)
         memory = round(torch.cuda.max_memory_allocated() / 2**30, 2)
