@@ -21,6 +21,7 @@ import functools
 import gzip
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -2175,6 +2176,8 @@ def configure_libraries(args):
     """Sets what transformers and torch do for all of the process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # transformers asks torch.compile what torch 2.11 warns of.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention plans anew for each shape, and knows dropout in sixteenths only.
     torch.backends.cuda.enable_cudnn_sdp(False)
