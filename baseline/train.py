@@ -1508,6 +1508,7 @@ def train(
                 graph.replay(step, interval)
             else:
                 training_step(args, step, span_model, optimizer, features, plan, clock, interval)
+            keep_signals()
             profiler.step()
             done = step + 1
             # Not at each of a GPU's steps: it is a look at the disk.
@@ -2069,6 +2070,13 @@ def stopped(output, state):
     step = state["step"]
     log(f"stopped by {reason} at step {step:,}: the same command with --output {output} goes on")
     return STOPPED
+
+
+def keep_signals():
+    """Puts Python's handlers of signals back in their place: Triton's compiler brings LLVM's own,
+    which end the process, or hear nothing."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.getsignal(number))
 
 
 def note_signal(number, frame):
