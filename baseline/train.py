@@ -16,8 +16,10 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import gzip
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -32,6 +34,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -61,7 +64,7 @@ MAX_ANSWER_TOKENS = 30
 EVALUATION_BATCH_TOKENS = 16384
 SAVE_SECONDS = 300
 # To be raised when build_features changes: features that were kept are then made anew.
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 # A training that would take a CPU more hours than this is taken for a mistake.
 CPU_HOURS = 2
 # A step of warm-up for the profiler itself, then two that it records.
@@ -113,7 +116,7 @@ def make_parser():
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default=HUB_MODEL, help="hub name or folder (default: %(default)s)")
-    add("--train-file", help=f"SQuAD v1.1 JSON (default: the hub's {HUB_DATA})")
+    add("--train-file", help=f"questions, as JSON (default: the hub's {HUB_DATA})")
     add("--validation-file", help="likewise")
     add("--sample", action="store_true", help="baseline/sample: small data and a small model")
     add("--limit", type=count, help="the first N questions of each file (default: all)")
@@ -249,92 +252,209 @@ def write_json(path, content):
 
 # 3. Questions: a file, or the hub's data set, to a list of examples
 
-# SQuAD v1.1's shape: a dict has these fields, a list any number of such items.
-SQUAD_SHAPE = {
-    "data": [
-        {
-            "paragraphs": [
-                {
-                    "context": str,
-                    "qas": [
-                        {
-                            "id": str,
-                            "question": str,
-                            "answers": [{"text": str, "answer_start": int}],
-                        }
-                    ],
-                }
-            ]
-        }
-    ]
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a decimal number",
+    bool: "true or false",
+    type(None): "missing",
 }
-SHAPE_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
-
-
-def check_shape(value, shape, place):
-    """Raises Problem naming the first place where value has another shape than SQUAD_SHAPE's."""
-    kind = shape if isinstance(shape, type) else type(shape)
-    if type(value) is not kind:  # not isinstance, for which True is an int
-        raise Problem(f"{place} is not {SHAPE_NAMES[kind]}: give SQuAD v1.1's shape")
-    if kind is dict:
-        for name, field_shape in shape.items():
-            check_shape(value.get(name), field_shape, f"{place}.{name}")
-    elif kind is list:
-        for index, item in enumerate(value):
-            check_shape(item, shape[0], f"{place}[{index}]")
-    elif kind is str:
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON's escapes can spell half a character
-            raise Problem(f"{place} holds half a character (a lone surrogate): fix the text")
+# How files begin that come in the place of JSON, what they are, and the fix.
+NOT_JSON = {
+    b"<": "a web page: fetch the raw file",
+    b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
+    b"PK": "a zip archive: unzip it",
+}
 
 
 def read_squad(path, limit=None):
-    """Reads the first `limit` questions of a SQuAD v1.1 file, in the form of the datasets library:
-    a list of {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}.
+    """Reads the first `limit` questions of a file, in the form of the datasets library: a list of
+    {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}. The file has
+    such records or SQuAD v1.1's nesting, as JSON or JSON lines, which gzip may have compressed.
 
     Raises Problem naming the file, the field and the fix; OSError where it cannot be read."""
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Problem(f"{path}: not JSON ({error}): fetch the file again")
-    if not isinstance(document, dict):
-        raise Problem(f"{path}: not an object with the field data: give SQuAD v1.1's shape")
-    check_shape(document.get("data"), SQUAD_SHAPE["data"], f"{path}: data")
     examples = {}
-    for i, article in enumerate(document["data"]):
-        for j, paragraph in enumerate(article["paragraphs"]):
-            place = f"{path}: data[{i}].paragraphs[{j}]"
-            if not paragraph["context"].strip():
-                raise Problem(f"{place}.context is empty: remove the paragraph")
-            for k, question in enumerate(paragraph["qas"]):
-                example = make_example(question, paragraph["context"], f"{place}.qas[{k}]")
+    wrong = []
+    count = 0
+    for document_place, document in read_documents(path):
+        for place, question in find_questions(document_place, document):
+            count += 1
+            try:
+                example = make_example(question)
                 if example["id"] in examples:
-                    raise Problem(f"{place}.qas[{k}].id {example['id'][:60]!r} is there twice")
+                    raise Problem(f"id {example['id'][:60]!r} is there twice: give each its own")
                 examples[example["id"]] = example
+            except Problem as problem:
+                wrong.append(f"{place or 'the top'}: {problem}")
+    if wrong:
+        what = f"{len(wrong):,} of {count:,} questions are wrong"
+        raise Problem(f"{path}: {what}, the first at {wrong[0]}")
     if not examples:
-        raise Problem(f"{path}: data holds no question: give a file with paragraphs and qas")
+        raise Problem(f"{path}: no question in it: give SQuAD v1.1's JSON, or records")
     return list(examples.values())[:limit]
 
 
-def make_example(question, context, place):
-    """Returns a question of a SQuAD file as the datasets library has it, its answers checked."""
-    if not question["answers"] or question.get("is_impossible"):
-        raise Problem(f"{place}.answers has none: this is SQuAD v2, take v1.1")
-    for m, answer in enumerate(question["answers"]):
-        start = answer["answer_start"]
-        found = context[start : start + len(answer["text"])] if start >= 0 else ""
-        if not found or found != answer["text"]:
-            raise Problem(f"{place}.answers[{m}].answer_start does not lead to its text: fix it")
+def read_documents(path):
+    """Returns [(place, document)] of a file: the items of a list of JSON, the lines of JSON lines,
+    or the one object that it is. A line that is not JSON has a Problem in its place."""
+    content = Path(path).read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Problem(f"{path}: a damaged gzip ({error}): fetch the file again")
+    for beginning, what in NOT_JSON.items():
+        if content[:100].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
+            raise Problem(f"{path}: not JSON, but {what}")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        lines = parse_lines(error.doc) if getattr(error, "msg", None) == "Extra data" else []
+        if not lines or isinstance(lines[0][1], Problem):
+            raise Problem(f"{path}: not JSON ({error}): {fix_json(error)}")
+        return lines
+    if isinstance(document, list):
+        return [(f"[{index}]", item) for index, item in enumerate(document)]
+    return [("", document)]
+
+
+def parse_lines(text):
+    """Returns [(place, document)] of JSON lines."""
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 too
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            document = Problem(f"not JSON ({str(error).replace('line 1 ', '')}): {fix_json(error)}")
+        lines.append((f"line {number}", document))
+    return lines
+
+
+def fix_json(error):
+    """Returns what to do about text that json.loads refuses with this error."""
+    fix = "fix it there"
+    cut_short = False
+    if isinstance(error, UnicodeDecodeError):
+        fix = "save it as UTF-8"
+        cut_short = error.end == len(error.object)
+    elif isinstance(error, json.JSONDecodeError):
+        fix = "fix it there" if error.pos else "give JSON"
+        cut_short = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    return "it is cut short: fetch the file again" if cut_short else fix
+
+
+def find_questions(document_place, document):
+    """Yields (place, question) of each question of SQuAD's nesting, with its context in it. What is
+    less nested, such as a record, is its own article, paragraph or question."""
+    for article_place, article in children(document_place, document, "data"):
+        for paragraph_place, paragraph in children(article_place, article, "paragraphs"):
+            questions = list(children(paragraph_place, paragraph, "qas"))
+            for place, question in questions:
+                if isinstance(question, dict):
+                    question = {**question, "context": paragraph.get("context")}
+                yield place, question
+            # A paragraph without questions is passed over, but not if it has no text either.
+            if not questions and paragraph.get("context", "") == "":
+                yield paragraph_place, Problem("context is empty: remove the paragraph")
+
+
+def children(place, item, field):
+    """Yields (place, child) of each child in an object's list, or the item if it has no such."""
+    if not isinstance(item, dict) or not isinstance(item.get(field), list):
+        yield place, item
+        return
+    for index, child in enumerate(item[field]):
+        yield f"{place}.{field}[{index}]".lstrip("."), child
+
+
+def make_example(question):
+    """Returns a question as the datasets library has it; raises Problem where it is wrong."""
+    if isinstance(question, Problem):
+        raise question
+    check_kind(question, dict, "it")
+    if "question" not in question:
+        what = "it has no question, and no list called data, paragraphs or qas"
+        raise Problem(f"{what}: give one, or remove it")
+    name = question.get("id")
+    if type(name) is int:
+        name = str(name)
+    check_kind(name, str, "id")
+    context = question["context"]
+    check_kind(context, str, "context")
+    check_kind(question["question"], str, "question")
+    if not context.strip():
+        raise Problem("context is empty: remove it")
+    if "answers" not in question:
+        raise Problem("it has no answers, as in a test set: give a file with answers")
+    texts, starts = list_answers(question["answers"])
+    impossible = question.get("is_impossible")
+    if isinstance(impossible, str):
+        impossible = impossible.lower() not in ("false", "0", "no", "")
+    if impossible or not texts:
+        raise Problem("it has no answer: this is SQuAD v2, take v1.1, or remove such questions")
+    for index, (text, start) in enumerate(zip(texts, starts)):
+        check_kind(text, str, f"answers[{index}].text")
+        check_kind(start, int, f"answers[{index}].answer_start")
+        check_answer(text, start, context, f"answers[{index}]")
     return {
-        "id": question["id"],
+        "id": name,
         "question": question["question"],
         "context": context,
-        "answers": {
-            "text": [answer["text"] for answer in question["answers"]],
-            "answer_start": [answer["answer_start"] for answer in question["answers"]],
-        },
+        "answers": {"text": texts, "answer_start": starts},
     }
+
+
+def check_kind(value, kind, name):
+    """Raises Problem where a field's value is of another kind; its type, as True is an int too."""
+    if type(value) is not kind:
+        raise Problem(f"{name} is {KINDS[type(value)]}: give {KINDS[kind]}")
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON's escapes can spell half a character
+            raise Problem(f"{name} holds half a character (a lone surrogate): fix the text")
+
+
+def list_answers(answers):
+    """Returns the texts and the starts of SQuAD's list of answers, or of an object of two lists."""
+    if not answers:
+        return [], []
+    if isinstance(answers, dict):
+        texts = answers.get("text")
+        starts = answers.get("answer_start")
+        check_kind(texts, list, "answers.text")
+        check_kind(starts, list, "answers.answer_start")
+        if len(texts) != len(starts):
+            what = f"answers has {len(texts)} in text and {len(starts)} in answer_start"
+            raise Problem(f"{what}: give each text its start")
+        return texts, starts
+    check_kind(answers, list, "answers")
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, dict):
+            what = f"answers[{index}] is {KINDS[type(answer)]}"
+            raise Problem(f"{what}: give an object of text and answer_start")
+    texts = [answer.get("text") for answer in answers]
+    starts = [answer.get("answer_start") for answer in answers]
+    return texts, starts
+
+
+def check_answer(text, start, context, name):
+    """Raises Problem where an answer is not at its start in the context, naming where it is."""
+    if not text:
+        raise Problem(f"{name}.text is empty: remove this answer")
+    if start >= 0 and context.startswith(text, start):
+        return
+    places = [match.start() for match in re.finditer(re.escape(text), context)]
+    if not places:
+        fix = "copy it from there: case, spaces and Unicode form (NFC, NFD) count"
+        raise Problem(f"{name}.text {text[:60]!r} is not in the context: {fix}")
+    nearest = min(places, key=lambda place: abs(place - start))
+    what = f"{name}.answer_start is {str(start)[:20]}, but the text is at {nearest}"
+    raise Problem(f"{what}: count the context's characters, from 0")
 
 
 def read_hub(split, limit=None):
@@ -346,13 +466,22 @@ def read_hub(split, limit=None):
     try:
         dataset = datasets.load_dataset(HUB_DATA, split=split)
     except Exception as error:  # the library's errors have no common class
-        what = f"{HUB_DATA} is not in the cache ({type(error).__name__})"
+        what = f"{HUB_DATA} {split} is not in the cache ({type(error).__name__})"
         fix = "run bash baseline/prepare.sh where there is internet"
-        raise Problem(f"{what}: {fix}, or give --train-file and --validation-file")
+        raise Problem(f"{what}: {fix}, or give --{split}-file")
     return dataset.select(range(min(limit or len(dataset), len(dataset)))).to_list()
 
 
 # 4. Features: windows of tokens, as the tokenizer's usual call cuts them
+
+SUMMARY = [
+    "questions",
+    "features",
+    "features without an answer",
+    f"answers over {MAX_ANSWER_TOKENS} tokens",
+    "answers that no window holds",
+    "answers that do not fall on tokens' edges",
+]
 
 
 def build_features(examples, tokenizer, args, source):
@@ -364,12 +493,14 @@ def build_features(examples, tokenizer, args, source):
       example [windows]: whose window it is;
       context_first, context_end [windows]: where within it the context's tokens begin and end;
       start, end [windows]: the answer's first and last token within it, or 0, 0 (the classification
-      token) where it does not hold the whole answer.
+      token) where it does not hold the whole answer;
+      summary [6]: the counts that SUMMARY names.
     Raises Problem, with source, the file's name, where a question leaves no room for a context."""
+    check_questions_fit(examples, tokenizer, args, source)
     columns = collections.defaultdict(list)
+    without_word = []
     for first in progress(range(0, len(examples), 1000), f"tokenising {source}"):
         batch = examples[first : first + 1000]
-        check_questions_fit(batch, tokenizer, args, source)
         encoding = tokenizer(
             [example["question"].lstrip() for example in batch],
             [example["context"] for example in batch],
@@ -384,7 +515,8 @@ def build_features(examples, tokenizer, args, source):
             offsets = np.array(encoding["offset_mapping"][window], np.int32)
             sequence_ids = encoding.sequence_ids(window)  # 0: question, 1: context, None: special
             if 1 not in sequence_ids:
-                raise Problem(f"{source}: question {batch[index]['id']!r}: its context has no word")
+                without_word.append(batch[index]["id"])
+                continue
             context_first = sequence_ids.index(1)
             context_end = len(sequence_ids) - sequence_ids[::-1].index(1)
             start, end = find_answer(batch[index], offsets[context_first:context_end])
@@ -397,30 +529,38 @@ def build_features(examples, tokenizer, args, source):
             columns["context_end"].append(context_end)
             columns["start"].append(0 if start is None else context_first + start)
             columns["end"].append(0 if end is None else context_first + end)
+    if without_word:
+        what = f"{len(without_word):,} of {len(examples):,} questions have no word in their context"
+        raise Problem(f"{source}: {what}, the first is {without_word[0][:60]!r}: remove them")
     lengths = [len(ids) for ids in columns["input_ids"]]
     features = {"begin": np.concatenate([[0], np.cumsum(lengths)])}
     for name, column in columns.items():
         per_token = name in ("input_ids", "token_types", "offsets")
         features[name] = np.concatenate(column) if per_token else np.array(column, np.int32)
+    features["summary"] = summarise(examples, features, tokenizer)
     return features
 
 
 def check_questions_fit(examples, tokenizer, args, source):
     """Raises Problem where a window has no room for context beside the question and the overlap."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    questions = tokenizer(
-        [example["question"].lstrip() for example in examples], add_special_tokens=False
-    )
-    for example, question in zip(examples, questions["input_ids"]):
-        room = args.max_length - special - len(question)
-        if room > args.stride and not example["context"].isspace():
-            continue
-        context = tokenizer(example["context"], add_special_tokens=False)["input_ids"]
-        if not 0 < len(context) <= room:
-            what = (
-                f"question {example['id'][:60]!r} ({len(question)} tokens, context {len(context)})"
-            )
-            raise Problem(f"{source}: {what} does not fit: raise --max-length or lower --stride")
+    wrong = []
+    for first in range(0, len(examples), 1000):
+        batch = examples[first : first + 1000]
+        questions = [example["question"].lstrip() for example in batch]
+        encoding = tokenizer(questions, add_special_tokens=False)
+        for example, question in zip(batch, encoding["input_ids"]):
+            room = args.max_length - special - len(question)
+            if room > args.stride and not example["context"].isspace():
+                continue
+            context = tokenizer(example["context"], add_special_tokens=False)["input_ids"]
+            if not 0 < len(context) <= room:
+                what = f"{example['id'][:60]!r} ({len(question)} tokens, context {len(context)})"
+                fix = "lower --stride" if room > 0 else "shorten it"
+                wrong.append(f"{what}: raise --max-length or {fix}")
+    if wrong:
+        what = f"{len(wrong):,} of {len(examples):,} questions do not fit"
+        raise Problem(f"{source}: {what}, the first is {wrong[0]}")
 
 
 def find_answer(example, offsets):
@@ -434,6 +574,37 @@ def find_answer(example, offsets):
     first = offsets[:, 0].searchsorted(answer_start, side="right") - 1
     last = offsets[:, 1].searchsorted(answer_end, side="left")
     return first, last
+
+
+def summarise(examples, features, tokenizer):
+    """Returns the counts that SUMMARY names. Of several answers to a question, its first counts."""
+    labels = {}  # by question: the answer's first and last token in a window, and its offsets
+    for window in np.flatnonzero(features["start"]):
+        begin, end = features["begin"][window : window + 2]
+        label = (features["start"][window], features["end"][window], features["offsets"][begin:end])
+        labels[features["example"][window]] = label
+    over_limit = 0
+    off_edges = 0
+    for index, example in enumerate(examples):
+        context = example["context"]
+        if index in labels:
+            first, last, offsets = labels[index]
+        else:  # as if a window could hold all of the context
+            encoding = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = np.array(encoding["offset_mapping"])
+            first, last = find_answer(example, offsets)
+        if first is None:
+            off_edges += 1
+            continue
+        over_limit += last - first + 1 > MAX_ANSWER_TOKENS
+        # Some tokenizers' tokens begin with the space before a word.
+        spelled = context[offsets[first, 0] : offsets[last, 1]].strip()
+        off_edges += spelled != example["answers"]["text"][0].strip()
+    windows = len(features["start"])
+    without_answer = windows - np.count_nonzero(features["start"])
+    in_no_window = len(examples) - len(labels)
+    counts = [len(examples), windows, without_answer, over_limit, in_no_window, off_edges]
+    return np.array(counts)
 
 
 def load_features(path, split, tokenizer, args):
@@ -475,6 +646,8 @@ def load_features(path, split, tokenizer, args):
             write_atomically(file, lambda out: np.savez(out, **features), suffix)
         except (OSError, Problem) as error:
             log(f"the features are not kept: {error}")
+    counts = [f"{count:,} {what}" for count, what in zip(features["summary"], SUMMARY)]
+    log(f"{source}: {', '.join(counts)}")
     features["lengths"] = np.diff(features["begin"])
     features["content"] = content[:16]
     features["cached"] = cached
@@ -1335,6 +1508,7 @@ def train(
                 graph.replay(step, interval)
             else:
                 training_step(args, step, span_model, optimizer, features, plan, clock, interval)
+            keep_signals()
             profiler.step()
             done = step + 1
             # Not at each of a GPU's steps: it is a look at the disk.
@@ -1733,8 +1907,14 @@ def check_files(args):
     """Raises Problem where a file of questions is not there, before anything slow is begun."""
     for option in ("train_file", "validation_file"):
         path = getattr(args, option)
-        if path and not Path(path).is_file():
-            raise Problem(f"--{option.replace('_', '-')} {path}: there is no such file")
+        if not path or Path(path).is_file():
+            continue
+        what = "there is no such file"
+        if Path(path).is_dir():
+            what = "this is a folder: give a file"
+        elif Path(path).exists():
+            what = "this can be read only once, as a pipe: write it to a file, and give that"
+        raise Problem(f"--{option.replace('_', '-')} {path}: {what}")
 
 
 def check_cpu_hours(args, model, plan):
@@ -1777,6 +1957,8 @@ def configure_libraries(args):
     """Sets what transformers and torch do for all of the process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # transformers asks torch.compile what torch 2.11 warns of.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention plans anew for each shape, and knows dropout in sixteenths only.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1888,6 +2070,13 @@ def stopped(output, state):
     step = state["step"]
     log(f"stopped by {reason} at step {step:,}: the same command with --output {output} goes on")
     return STOPPED
+
+
+def keep_signals():
+    """Puts Python's handlers of signals back in their place: Triton's compiler brings LLVM's own,
+    which end the process, or hear nothing."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.getsignal(number))
 
 
 def note_signal(number, frame):

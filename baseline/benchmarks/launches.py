@@ -1,21 +1,29 @@
 """What a training step asks of the GPU: each kernel, multiplication, copy and wait, in order.
 
-    with record() as rows:
-        step(2)
+    .ci/fake-gpu/run -- python baseline/benchmarks/launches.py      counts into results/launches.json
 
-It is recorded on a GPU that computes nothing (.ci/fake-gpu/run), so it is the same on any machine:
-what is launched and how much memory it takes, never how long it takes.
+It is recorded on a GPU that computes nothing, so it is the same on any machine: what is launched
+and how much memory it takes, never how long it takes. In Python:
+
+    step = make_step(train, ["--batch-size", 32])
+    with record() as rows:
+        step(0)
 """
 
 import contextlib
 import ctypes
+import gc
+import sys
 import tempfile
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import transformers
+
+RESULTS = Path(__file__).resolve().parents[1] / "results/launches.json"
 
 # seconds: the host's clock. kind: kernel, gemm (text: m n k batch type), copy, COPY (to the host,
 # or blocking), memset, malloc, SYNC, record and wait (of events), nccl, capture, REFUSED, call
@@ -23,6 +31,16 @@ import transformers
 Row = namedtuple("Row", ["seconds", "kind", "stream", "text"])
 # What the GPU has to do for a step, each a launch for the host.
 LAUNCHES = ["kernel", "gemm", "copy", "COPY", "memset", "nccl"]
+# What is counted, and the headings of the counts.
+COUNTED = {
+    "kernel": "kernels",
+    "gemm": "multiplications",
+    "copy": "copies",
+    "memset": "fillings",
+    "COPY": "copies to the host",
+    "SYNC": "waits",
+    "malloc": "allocations",
+}
 
 
 def is_fake_gpu():
@@ -73,16 +91,17 @@ def draw_features(lengths):
 
 
 def make_step(train, words, config=None, count=3200, lengths=None):
-    """Returns step(number), which trains that step, from 0, as train.py does with these words on
-    its command line; step.model, step.plan, step.args and step.lengths are what it trains.
+    """Returns step(number), which trains that step, as train.py does with these words on its
+    command line. The steps begin at 0; with --cuda-graph step 3 is recorded. step.args, step.model,
+    step.features and step.plan are what it trains with.
 
     train: baseline/train.py or its twin as a module, the twin with its ranks connected. config: a
     BertConfig, by default BERT-Base's. count: how many features are drawn; or lengths: theirs."""
     args = train.parse_arguments(["--device", "cuda", "--epochs", "1", *map(str, words)])
     train.configure_libraries(args)
     device = torch.device("cuda")
-    if args.cuda_graph:
-        torch.cuda.set_stream(torch.cuda.Stream())
+    stream = torch.cuda.Stream() if args.cuda_graph else torch.cuda.default_stream()
+    torch.cuda.set_stream(stream)
     model = transformers.AutoModelForQuestionAnswering.from_config(
         config or transformers.BertConfig(),
         attn_implementation=args.attention,
@@ -123,6 +142,59 @@ def make_step(train, words, config=None, count=3200, lengths=None):
 
     step.args = args
     step.model = model
+    step.features = features
     step.plan = plan
-    step.lengths = lengths
     return step
+
+
+# The settings that are counted, packed: train.py's words.
+SETTINGS = [
+    [*ways, "--batch-size", batch_size]
+    for batch_size in (32, 128)
+    for ways in (["--no-compile"], ["--compile"], ["--compile", "--cuda-graph"])
+]
+
+
+def count_launches(train):
+    """Returns a table, as report.py prints it: of a step of BERT-Base in each of the settings."""
+    rows = []
+    for words in SETTINGS:
+        torch._dynamo.reset()
+        step = None
+        gc.collect()  # the memory of the settings before
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = make_step(train, words)
+        for number in range(4):  # they compile, allocate, and make the CUDA graph
+            step(number)
+        with record() as calls:
+            step(4)
+        counts = [sum(call.kind == kind for call in calls) for kind in COUNTED]
+        launched = sum(call.kind in LAUNCHES for call in calls)
+        memory = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        rows.append([" ".join(map(str, words)), *counts, launched, memory])
+    gpu = torch.cuda.get_device_name()
+    return {
+        "title": f"What a step launches: {gpu}, torch {torch.__version__}",
+        "conditions": "BERT-Base, packed, bf16; on a GPU that computes nothing, so nothing is timed",
+        "columns": ["options", *COUNTED.values(), "launches", "peak GiB"],
+        "rows": rows,
+    }
+
+
+def main():
+    if not is_fake_gpu():
+        sys.exit("error: this counts under .ci/fake-gpu/run, with a torch that is built for CUDA")
+    import measuring
+
+    train = measuring.load_train()
+    table = count_launches(train)
+    machine = measuring.describe_machine(train, "cuda")
+    names = ("date", "commit", "dirty", "devices", "python", "torch", "transformers")
+    table["environment"] = {name: machine[name] for name in names}
+    measuring.write_tables(RESULTS, [table])
+    measuring.show_tables(RESULTS)
+
+
+if __name__ == "__main__":
+    main()

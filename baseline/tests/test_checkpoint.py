@@ -137,6 +137,14 @@ def test_stopped_at_random_steps(seed, words, start, tmp_path):
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_stops_though_a_library_has_put_its_own_handlers_of_signals_in_place(start, tmp_path):
+    """As Triton's compiler does, in C: Python does not see it. Here they are ignored."""
+    ignore = "__import__('ctypes').CDLL(None).signal(signal.SIGTERM, 1)"
+    patch = in_step(2, ignore) + in_step(5, send("SIGTERM"))
+    text = start(*SMALL, "--output", tmp_path / "run", patch=patch).end(75)
+    assert last_line(text).startswith("stopped by SIGTERM at step 5:")
+
+
 def in_evaluation(action):
     """A patch that does something within the first evaluation, which has several batches."""
     return f"""

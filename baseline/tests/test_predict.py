@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+import transformers
 from runs import BASELINE, load_script
 
 
@@ -92,3 +94,30 @@ def test_the_goal_is_within_what_is_predicted(predict):
 def test_the_tables_are_what_predict_makes_of_the_recordings(predict):
     for name, tables in predict.make_tables().items():
         assert json.loads((BASELINE / "results" / name).read_text()) == tables
+
+
+@pytest.mark.fakegpu
+def test_all_that_is_launched_is_recorded(train, monkeypatch):
+    """Each multiplication, and each of Triton's kernels, as the stand-in for a GPU counts them."""
+    monkeypatch.syspath_prepend(BASELINE / "benchmarks")
+    record_steps = load_script("benchmarks/record_steps.py")
+    launches = record_steps.launches
+    if not launches.is_fake_gpu():
+        pytest.skip("needs .ci/fake-gpu/run")
+    torch._dynamo.reset()
+    config = transformers.BertConfig(num_hidden_layers=2)
+    step = launches.make_step(train, ["--batch-size", 8], config)
+    for number in range(3):
+        step(number)
+    recorder = record_steps.Recorder("bf16", sum_of_squares=0)
+    with recorder, recorder.watch_triton():
+        step(3)
+    with launches.record() as rows:
+        step(3)
+
+    def recorded(*beginnings):
+        return sum(count for key, count in recorder.counts.items() if key[0].startswith(beginnings))
+
+    kernels = [row.text for row in rows if row.kind == "kernel"]
+    assert recorded("mm", "addmm") == sum(row.kind == "gemm" for row in rows) > 30
+    assert recorded("triton") == sum(text.startswith("triton") for text in kernels) > 50
