@@ -309,7 +309,7 @@ def saved_by_one_cast(step, gpu):
 
 
 def saved_by_combo_kernels(step, gpu):
-    """324 of 1,033 launches less, counted once (torch 2.11); an experiment of torch's"""
+    """324 of 1,033 launches less, counted once; but compiling took minutes in place of 14 s"""
     return 324 * SMALLEST_KERNEL_SECONDS
 
 
