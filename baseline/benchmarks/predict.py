@@ -1,22 +1,25 @@
 """Predicts how long a training step takes on a GPU, from what the step launches: a roofline.
 
     python baseline/benchmarks/predict.py
+    python baseline/benchmarks/predict.py --measured RUN...    beside runs on a GPU of these kinds
 
 It reads what record_steps.py has recorded on GPUs that compute nothing (results/fake-gpu/): all
 that a step launches, with its FLOP and its bytes. It writes tables, results/predicted.json, and
-prints them.
+prints them; or it prints one of what these runs took.
 
 A kernel takes the longest of three: its FLOP at the rate that such kernels reach, its bytes at the
 memory's bandwidth, and the time of the smallest kernel. Their sum times a factor, fitted to what
 others have published, is the step. It cannot be shorter than the host's time to launch it.
 """
 
+import argparse
 import collections
 import dataclasses
 import json
 import math
 import re
 import statistics
+from pathlib import Path
 
 import measuring
 
@@ -339,7 +342,60 @@ def levers_table(recorded, calibration):
     )
 
 
-# 5. Tables
+# 5. What was measured
+
+
+def settings_of(words):
+    """Returns what RUNGS' words set, as results.json names it."""
+    words = words.split()
+    return {
+        "precision": words[words.index("--precision") + 1] if "--precision" in words else "bf16",
+        "batching": words[words.index("--batching") + 1] if "--batching" in words else "packed",
+        "fused": "--no-fused" not in words,
+        "compile": "--compile" in words,
+        "cuda_graph": "--cuda-graph" in words,
+    }
+
+
+def step_name(arguments):
+    """Returns the recorded step that a run's arguments are of, or None."""
+    for rung, words in RUNGS.items():
+        if all(arguments[name] == value for name, value in settings_of(words).items()):
+            return f"{rung} {arguments['batch_size']}"
+    return None
+
+
+def measured_row(run, recorded, factor):
+    """Returns a run's row: its step as it was measured and as it is predicted, in ms."""
+    results = json.loads((Path(run) / "results.json").read_text())
+    device = results["environment"]["devices"][0]
+    name = "a100" if "A100" in device else "h100"
+    steps = recorded[name]["steps"]
+    found = step_name(results["arguments"])
+    row = [Path(run).name, device]
+    if not results["features_per_second"]:
+        return [*row, "-", "-", "-", "not measured"]
+    seconds = results["arguments"]["batch_size"] / results["features_per_second"]
+    row.append(milliseconds(seconds))
+    if not steps.get(found):
+        return [*row, "-", "-", "not recorded"]
+    rung, batch_size = found.split()
+    predicted, _ = predicted_step(steps, rung, batch_size, GPUS[CARDS[name]], factor)
+    return [*row, CARDS[name], milliseconds(predicted), f"{predicted / seconds - 1:+.0%}"]
+
+
+def measured_table(runs, recorded, calibration):
+    """A row for each run, whose GPU is taken for the kind of its generation that was recorded."""
+    return make_table(
+        "Predicted against measured",
+        "ms of a step in the steady state; real tokens per step differ a little",
+        ["run", "device", "measured ms", "predicted for", "predicted ms", "off by"],
+        [measured_row(run, recorded, calibration.factor) for run in runs],
+        *recorded.values(),
+    )
+
+
+# 6. Tables
 
 
 def milliseconds(seconds):
@@ -361,9 +417,14 @@ def make_table(title, conditions, columns, rows, *recordings):
     }
 
 
+def read_recorded():
+    """Returns {card: what was recorded of it}."""
+    return {name: json.loads((RECORDED / f"{name}.json").read_text()) for name in CARDS}
+
+
 def make_tables():
     """Returns {file's name: its tables}, of what has been recorded."""
-    recorded = {name: json.loads((RECORDED / f"{name}.json").read_text()) for name in CARDS}
+    recorded = read_recorded()
     calibration = calibrate(recorded["a100"]["steps"])
     details = [calibration_table(recorded, calibration)]
     details += [steps_table(recorded, name, calibration) for name in CARDS]
@@ -375,6 +436,15 @@ def make_tables():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--measured", metavar="RUN", nargs="+", help="folders with results.json")
+    runs = parser.parse_args().measured
+    if runs:
+        recorded = read_recorded()
+        table = measured_table(runs, recorded, calibrate(recorded["a100"]["steps"]))
+        for row in [table["columns"], *table["rows"]]:
+            print("| " + " | ".join(map(str, row)) + " |")
+        return
     for name, tables in make_tables().items():
         path = measuring.RESULTS / name
         path.unlink(missing_ok=True)

@@ -121,3 +121,35 @@ def test_all_that_is_launched_is_recorded(train, monkeypatch):
     kernels = [row.text for row in rows if row.kind == "kernel"]
     assert recorded("mm", "addmm") == sum(row.kind == "gemm" for row in rows) > 30
     assert recorded("triton") == sum(text.startswith("triton") for text in kernels) > 50
+
+
+def test_runs_are_set_beside_what_is_predicted_for_them(predict, tmp_path, capsys, monkeypatch):
+    """A run of each rung is told from the others by its arguments; what was not recorded is said."""
+    runs = []
+    for rung, words in predict.RUNGS.items():
+        arguments = {"batch_size": 32, **predict.settings_of(words)}
+        runs.append((rung, arguments, 1000.0))
+    runs.append(("batch-33", {"batch_size": 33, **predict.settings_of("")}, 1000.0))
+    runs.append(("never-steady", {"batch_size": 32, **predict.settings_of("")}, None))
+    for name, arguments, speed in runs:
+        results = {
+            "arguments": arguments,
+            "features_per_second": speed,
+            "environment": {"devices": ["NVIDIA A100-PCIE-40GB"]},
+        }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    folders = [str(tmp_path / name) for name, *_ in runs]
+    monkeypatch.setattr("sys.argv", ["predict.py", "--measured", *folders])
+    predict.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[1:]]
+    recorded = predict.read_recorded()
+    factor = predict.calibrate(recorded["a100"]["steps"]).factor
+    for row, rung in zip(rows, predict.RUNGS):
+        seconds, _ = predict.predicted_step(
+            recorded["a100"]["steps"], rung, 32, predict.GPUS["A100-PCIe-40GB"], factor
+        )
+        assert row[0] == rung and row[2] == "32.0"
+        assert float(row[4]) == pytest.approx(1000 * seconds, abs=0.06)
+        assert row[5] == f"{seconds / 0.032 - 1:+.0%}"
+    assert [row[-1] for row in rows[-2:]] == ["not recorded", "not measured"]
