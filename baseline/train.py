@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -31,6 +32,7 @@ import string
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 from importlib import metadata
 from pathlib import Path
@@ -217,6 +219,12 @@ def progress(items, description):
     return tqdm(
         items, description, file=sys.stdout, leave=False, delay=2, mininterval=10, bar_format=line
     )
+
+
+def one_line(error):
+    """Returns what a library's error says in one line: all of it, but for those of a page."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(text, 500, placeholder=" ...").rstrip(".")
 
 
 def write_atomically(path, write, suffix=".tmp"):
@@ -715,16 +723,20 @@ transformers.AttentionInterface.register("packed_loop", packed_loop)
 def load_tokenizer(args):
     """Returns the model's tokenizer and config; raises Problem on what cannot be trained here."""
     where = f"--model {args.model}"
-    tokenizer_files = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
-    if Path(args.model).is_dir() and not set(tokenizer_files) & set(os.listdir(args.model)):
-        raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
+    check_model_folder(args.model, where)
     try:
-        config = transformers.AutoConfig.from_pretrained(args.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        is_adapter = transformers.utils.find_adapter_config_file(args.model) is not None
+        if not is_adapter:
+            config = transformers.AutoConfig.from_pretrained(args.model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except Exception as error:  # transformers' errors have no common class
-        reason = " ".join(str(error).split())[:200]
-        fix = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
-        raise Problem(f"{where}: {reason}: {fix}")
+        fix = "give a folder that is there, or run bash baseline/prepare.sh for a model of the hub"
+        if Path(args.model).is_dir():
+            fix = "give a folder that save_pretrained has written"
+        raise Problem(f"{where}: {one_line(error)}: {fix}")
+    if is_adapter:
+        what = "has a PEFT adapter, which would be left out"
+        raise Problem(f"{where} {what}: merge it first, with merge_and_unload(), and save that")
     if not tokenizer.is_fast:
         raise Problem(f"{where}: it has no fast tokenizer (tokenizer.json): save one there")
     if len(tokenizer) > config.vocab_size:
@@ -733,37 +745,139 @@ def load_tokenizer(args):
     return tokenizer, config
 
 
+def check_model_folder(name, where):
+    """Raises Problem where --model names a folder that is not there, or that holds no model."""
+    folder = Path(name)
+    is_path = name.count("/") > 1 or name.startswith(("/", ".", "~"))  # the hub has owner/model
+    if is_path and not folder.exists():
+        raise Problem(f"{where}: there is no such folder")
+    if folder.is_file():
+        raise Problem(f"{where} is a file: give the folder that it is in")
+    if not folder.is_dir():
+        return
+    names = set(os.listdir(folder))
+    below = sorted(folder.glob("*/config.json"))
+    if "config.json" not in names and below:
+        raise Problem(f"{where} has no config.json: give {below[0].parent}, which has one")
+    if "checkpoint.pt" in names:
+        raise Problem(f"{where} is a run that has not finished: finish it, then give its model/")
+    tokenizer_files = {"tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model"}
+    if not tokenizer_files & names:
+        raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
+
+
 # What --dropout sets, as BERT and as DistilBERT name it.
 DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 DROPOUT_NAMES += ("dropout", "attention_dropout", "qa_dropout")
+# What is taken for granted here, and what another task may have left otherwise in config.json.
+CONFIG = {
+    "num_labels": 2,  # logits: the answer's first and last token
+    "output_attentions": False,  # a model with another attention function cannot be saved with it
+    "output_hidden_states": False,
+    "return_dict": True,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,  # a packed row is in no such chunks
+}
+
+
+def adapt_config(config, args):
+    """Sets what the training relies on, and says what was otherwise."""
+    changes = []
+    for name, value in CONFIG.items():
+        before = getattr(config, name, value)
+        if before != value:
+            setattr(config, name, value)
+            changes.append(f"{name} {value} (was {before})")
+    if changes:
+        log(f"the model's config is changed: {', '.join(changes)}")
+    names = [name for name in DROPOUT_NAMES if hasattr(config, name)]
+    if args.dropout is not None and not names:
+        raise Problem(f"--dropout: a {config.model_type} has no {DROPOUT_NAMES[0]}: leave it out")
+    for name in names:
+        if args.dropout is not None:
+            setattr(config, name, args.dropout)
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        what = f"position_embedding_type {positions}, which transformers has no more"
+        raise Problem(f"--model {args.model}: {what}: give one with absolute positions")
 
 
 def load_model(args, config):
     """Returns the model in fp32 on the CPU; its question-answering head, if new, is from --seed.
 
     The sample has no weights: all of its model is random, from --seed."""
-    for name in DROPOUT_NAMES:
-        if args.dropout is not None and hasattr(config, name):
-            setattr(config, name, args.dropout)
+    adapt_config(config, args)
     family = transformers.AutoModelForQuestionAnswering
     options = {"attn_implementation": args.attention, "dtype": torch.float32}
     torch.manual_seed(args.seed)
-    missing = []
+    loading = None
     try:
         if args.sample:
             model = family.from_config(config, **options)
         else:
             options |= {"config": config, "weights_only": True, "output_loading_info": True}
+            # Weights of another shape are then in the loading's report, instead of an error.
+            options["ignore_mismatched_sizes"] = True
             model, loading = family.from_pretrained(args.model, **options)
-            missing = [name for name in loading["missing_keys"] if "qa_outputs" not in name]
     except Exception as error:  # safetensors, pickle, the file system each have their own
-        reason = " ".join(str(error).split())[:200]
-        raise Problem(f"--model {args.model}: {reason}: give a folder with all of its weights")
-    if missing:  # transformers has made them at random
-        what = f"{len(missing)} of its weights are not in its file, as {sorted(missing)[0]}"
-        raise Problem(f"--model {args.model}: {what}: give one that was saved with save_pretrained")
+        what = one_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # it goes on for a page
+            what = "its .bin file is damaged, or holds more than tensors"
+        raise Problem(f"--model {args.model}: {what}: give a folder with all of its weights")
     check_model(model, args)
+    if loading:
+        check_weights(model, loading, f"--model {args.model}")
     return model
+
+
+def check_weights(model, loading, where):
+    """Raises Problem where some weights are not the file's, since they would be random ones, or are
+    no numbers. Says what of the file is not used."""
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, file_shape, model_shape = mismatched[0]
+        what = f"{len(mismatched)} of its weights do not fit its config.json"
+        shapes = f"{name} has the shape {list(file_shape)} in its file, not {list(model_shape)}"
+        fix = "give the config.json that belongs to the file"
+        if "qa_outputs" in name:
+            fix = "give a model whose head has two labels, or none"
+        raise Problem(f"{where}: {what}: {shapes}: {fix}")
+    unused = sorted(loading["unexpected_keys"])
+    head = {name for name in loading["missing_keys"] if "qa_outputs" in name}
+    missing = sorted(loading["missing_keys"] - head)
+    if missing:
+        what = f"{len(missing)} of its weights are not in its file, as {missing[0]}"
+        raise Problem(f"{where}: {what}: {why_missing(missing, unused, model.config)}")
+    not_finite = [name for name, one in model.named_parameters() if not one.isfinite().all()]
+    if not_finite:
+        what = f"{len(not_finite)} of its weights are not finite numbers, as {not_finite[0]}"
+        raise Problem(f"{where}: {what}: give a file that was saved before")
+    if head:
+        log("the model's head for answers is new, with random weights from --seed")
+    if unused:
+        modules = sorted({".".join(name.split(".")[:4]) for name in unused})
+        names = textwrap.shorten(", ".join(modules), 200, placeholder=" ...")
+        log(f"{len(unused)} weights of the model's file are not used: {names}")
+
+
+def why_missing(missing, unused, config):
+    """Returns the likely reason why a model's weights are missing in its file, and the fix."""
+    layers = {int(number) for number in re.findall(r"\.layer\.(\d+)\.", " ".join(missing))}
+    first = min(layers, default=0)
+    if first and layers == set(range(first, config.num_hidden_layers)):
+        what = f"config.json asks for {config.num_hidden_layers} layers, the file has {first}"
+        return f"{what}: set num_hidden_layers to {first}"
+    # With the family's prefix, as bert., and without it.
+    for name in (missing[0], missing[0].split(".", 1)[-1]):
+        prefix = next((other.removesuffix(name) for other in unused if other.endswith(name)), None)
+        if prefix and prefix.strip(".") in transformers.CONFIG_MAPPING:
+            return f"they are a {prefix.strip('.')}'s: give the config.json that belongs to them"
+        if prefix:
+            return f"they begin with {prefix!r} there, a wrapper's name: save the model within it"
+    if unused:
+        return f"it is another architecture's, with {unused[0]}: give its own config.json"
+    return "it is not complete: fetch it again"
 
 
 def check_model(model, args):
@@ -1832,8 +1946,8 @@ def explain(error):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, OSError):
         path = error.filename or "a file in --output"
-        return f"{path}: {error.strerror}: fix that, or give another path", 2
-    return f"out of memory: raise --accumulate ({str(error)[:150]})", 1
+        return f"{path}: {error.strerror or one_line(error)}: fix that, or give another path", 2
+    return f"out of memory: raise --accumulate ({one_line(error)})", 1
 
 
 def main():
