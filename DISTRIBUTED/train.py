@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -235,10 +237,10 @@ def use_sample(args):
 # 2. What a run says and writes
 
 
-def log(text, file=sys.stdout):
+def log(text):
     """Prints at once: SLURM's log is read while the job runs."""
     if RANK == 0:  # DIST: all ranks come here, one speaks
-        print(text, file=file, flush=True)
+        print(text, flush=True)
 
 
 def progress(items, description):
@@ -1248,8 +1250,12 @@ def make_profiler(folder, skipped_steps, device, state):
     operators in state. Without skipped_steps (None) it never records."""
 
     def finish(profiler):
+        if profiler.step_num < (skipped_steps or 0) + PROFILER_STEPS:
+            return  # ended in these steps: the life that goes on records them
         begin = time.perf_counter()
         worker = f"rank{RANK}"  # DIST: not LOCAL_RANK: two nodes' files would overwrite each other
+        for earlier in Path(folder).glob(f"{worker}.*.gz"):  # of a life that was ended just here
+            earlier.unlink()
         torch.profiler.tensorboard_trace_handler(folder, worker, use_gzip=True)(profiler)
         averages = profiler.key_averages()
         state["operators"] = averages.table(f"self_{device.type}_time_total", row_limit=20)
@@ -1280,23 +1286,25 @@ def settings_of(args, features):
     return settings | {"model": Path(args.model).name, "train_file": features["content"]}
 
 
+@contextlib.contextmanager
 def open_output(output):
-    """Makes the run's folder and returns a lock on it, which lasts until the process ends."""
-    if RANK > 0:  # DIST: rank 0 alone writes there, but for the traces
-        return None
+    """Makes the run's folder, and keeps a lock on it while the block lasts. None: there is none."""
+    if output is None or RANK > 0:  # DIST: rank 0 alone writes there, but for the traces
+        yield
+        return
     output.mkdir(parents=True, exist_ok=True)
-    lock = open(output / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"--output {output}: another run writes there: wait, or choose another")
-    except OSError:
-        pass  # a file system without locks
-    # A full disk is told before anything is begun.
-    probe = output / ".probe"
-    write_atomically(probe, lambda file: file.write(bytes(2**16)))
-    probe.unlink()
-    return lock
+    with open(output / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"--output {output}: another run writes there: wait, or choose another")
+        except OSError:
+            pass  # a file system without locks
+        # A full disk is told before anything is begun.
+        probe = output / ".probe"
+        write_atomically(probe, lambda file: file.write(bytes(2**16)))
+        probe.unlink()
+        yield
 
 
 def stop_requested(output):
@@ -1353,6 +1361,21 @@ def restore(checkpoint, model, optimizer, state):
     state.update(checkpoint["state"])
     state["resumed_from_steps"].append(state["step"])
     log(f"going on from step {state['step']:,}")
+
+
+def add_life(state, life):
+    """Notes which code runs now, and says so where it is not the code that ran until here."""
+
+    def name(life):
+        changes = " with changes" if life["dirty"] else ""
+        return f"{life['commit'][:10]}{changes}" if life["commit"] else "unknown"
+
+    if state["step"] and not state["lives"]:  # a checkpoint from before they were noted
+        state["lives"].append(dict.fromkeys(life))
+    if state["lives"] and state["lives"][-1]["hash"] != life["hash"]:
+        commits = f"commit {name(state['lives'][-1])}, now {name(life)}"
+        log(f"train.py has changed since step {state['step']:,} ({commits})")
+    state["lives"].append(life)
 
 
 # 10. Evaluation: logits to answers, answers to scores
@@ -1753,20 +1776,26 @@ HPARAMS = ["batch_size", "batching", "compile", "learning_rate", "precision", "s
 HPARAMS += ["strategy", "gradients"]  # DIST: what distribution adds
 
 
+@contextlib.contextmanager
 def open_writer(output, state):
-    """Returns TensorBoard's writer; what an earlier life wrote after its last save is purged."""
+    """Opens TensorBoard's writer; what an earlier life wrote after its last save is purged."""
     if RANK > 0:  # DIST: one writes
-        return None
+        yield None
+        return
     step = state["step"]
     writer = SummaryWriter(output / "tensorboard", purge_step=step)
-    writer.add_custom_scalars(BOARD)
-    # What was written at the very step of the save is purged too, so it is written again.
-    for measured in state["intervals"][-1:]:
-        write_scalars(writer, measured)
-    for evaluation in state["evaluations"]:
-        if evaluation["step"] == step:
-            write_evaluation(writer, evaluation)
-    return writer
+    try:
+        writer.add_custom_scalars(BOARD)
+        # What was written at the very step of the save is purged too, so it is written again.
+        for measured in state["intervals"][-1:]:
+            write_scalars(writer, measured)
+        for evaluation in state["evaluations"]:
+            if evaluation["step"] == step:
+                write_evaluation(writer, evaluation)
+        yield writer
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: whatever ends the run says so
+            writer.close()
 
 
 def write_scalars(writer, measured):
@@ -1827,7 +1856,18 @@ def count_cores():
     return os.cpu_count()
 
 
-def describe_environment(device):
+def describe_code():
+    """Returns which code this life runs. Called at its start, as files may change afterwards."""
+    return {
+        "commit": output_of("git", "rev-parse", "HEAD") or None,
+        # New files change no run: SLURM's logs, a report.
+        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
+        "start": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def describe_environment(device, life):
     """Returns what a reader must know to trust a run's figures: code, machine and versions."""
     on_gpu = device.type == "cuda"
     versions = {}
@@ -1835,9 +1875,8 @@ def describe_environment(device):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {
-        "commit": output_of("git", "rev-parse", "HEAD") or None,
-        # New files change no run: SLURM's logs, a report.
-        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": life["commit"],
+        "dirty": life["dirty"],
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "hosts": [socket.gethostname()],
         "devices": [torch.cuda.get_device_name(device) if on_gpu else processor_name()],
@@ -1980,6 +2019,7 @@ def make_results(args, model, features, validation, plan, state, environment):
         "parameters": model.num_parameters(),
         "evaluations": state["evaluations"],
         "resumed_from_steps": state["resumed_from_steps"],
+        "lives": state["lives"],
         "restarts": environment["restarts"],
         "scorer": state["scorer"],
         "paper": PAPER,
@@ -2029,6 +2069,8 @@ def save_model(output, model, tokenizer):
     temporary = output / "model.tmp"
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    for file in temporary.iterdir():  # safetensors would keep the weights from all others
+        file.chmod((temporary / "config.json").stat().st_mode)
     shutil.rmtree(output / "model", ignore_errors=True)  # from a life that was killed after this
     temporary.replace(output / "model")
 
@@ -2045,6 +2087,7 @@ def new_state():
         "scorer": None,
         "operators": "",
         "resumed_from_steps": [],
+        "lives": [],
         "seconds": {"checkpoint": 0.0, "profile": 0.0, "log": 0.0},
     }
 
@@ -2102,6 +2145,9 @@ def configure_libraries(args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention plans anew for each shape, and knows dropout in sixteenths only.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # TensorBoard's thread hands a full disk on to its next call: a traceback says no more.
+    hook = threading.excepthook
+    threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or hook(end)
 
 
 def prepare(args):
@@ -2132,7 +2178,7 @@ def move_to_device(args, model, tokenizer, features, validation, plan, device):
 
 def finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer):
     """Writes what a run leaves. results.json comes last: where it is, all is there."""
-    environment = describe_environment(model.device)
+    environment = describe_environment(model.device, state["lives"][-1])
     # DIST: what all ranks know together; what is left then is for rank 0 alone.
     ranks = gather_from_ranks(describe_rank(plan, state, features, environment))
     model = full_model(model, args)
@@ -2166,7 +2212,13 @@ def run(args):
         return 0
     configure_libraries(args)
     check_files(args)
-    lock = open_output(output) if output else None  # noqa: F841 held until the end
+    with open_output(output):
+        return run_in(output, args)
+
+
+def run_in(output, args):
+    """The run, where nothing else writes to output."""
+    life = describe_code()
     model_name = "the sample, from random weights" if args.sample else args.model
     where = f"{args.precision} on {args.device_type}, {args.batching}"
     log(f"{HERE.name}: {model_name}, {where}" + (f", to {output}" if output else ""))
@@ -2193,17 +2245,32 @@ def run(args):
     if checkpoint:
         restore(checkpoint, model, optimizer, state)
     del checkpoint  # as large as weights and optimizer state together
+    add_life(state, life)
     state["all_reduce"] = measure_all_reduce(model, args, device)  # DIST: a step's communication
-    writer = open_writer(output, state)
     save = functools.partial(save_checkpoint, output, model, optimizer, state, settings)
-    evaluate = functools.partial(
-        evaluate_model, args, output, model, validation, plan, state, writer
-    )
-    train(args, output, span_model, optimizer, features, plan, clock, state, writer, save, evaluate)
-    predictions = evaluate() if state["step"] == steps else None
-    if predictions is None:
-        return stopped(output, state)
-    finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer)
+    with open_writer(output, state) as writer:
+        evaluate = functools.partial(
+            evaluate_model, args, output, model, validation, plan, state, writer
+        )
+        train(
+            args,
+            output,
+            span_model,
+            optimizer,
+            features,
+            plan,
+            clock,
+            state,
+            writer,
+            save,
+            evaluate,
+        )
+        predictions = evaluate() if state["step"] == steps else None
+        if predictions is None:
+            return stopped(output, state)
+        finish(
+            args, output, model, tokenizer, features, validation, plan, state, predictions, writer
+        )
     return 0
 
 
@@ -2237,7 +2304,8 @@ def explain(error):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, OSError):
         path = error.filename or "a file in --output"
-        return f"{path}: {error.strerror or one_line(error)}: fix that, or give another path", 2
+        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
+        return f"{path}: {error.strerror or one_line(error)}: {fix}, or give another path", 2
     return f"out of memory: raise --accumulate ({one_line(error)})", 1
 
 
@@ -2256,8 +2324,10 @@ def main():
     except (Problem, OSError, torch.OutOfMemoryError) as error:
         message, exit_code = explain(error)
         # DIST: whichever rank it is says so; the others end with it, and torchrun names it.
-        print(f"error on rank {RANK}: {message}" if RANK else f"error: {message}", file=sys.stderr)
         errors.get_error_handler().record_exception(error)
+        line = f"error on rank {RANK}: {message}" if RANK else f"error: {message}"
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            print(line, file=sys.stderr)
     sys.exit(exit_code)
 
 
