@@ -14,12 +14,16 @@ import argparse
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
+import gzip
 import hashlib
 import json
+import logging
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -31,7 +35,10 @@ import string
 import subprocess
 import sys
 import sysconfig
+import textwrap
+import threading
 import time
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -61,7 +68,7 @@ MAX_ANSWER_TOKENS = 30
 EVALUATION_BATCH_TOKENS = 16384
 SAVE_SECONDS = 300
 # To be raised when build_features changes: features that were kept are then made anew.
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 # A training that would take a CPU more hours than this is taken for a mistake.
 CPU_HOURS = 2
 # A step of warm-up for the profiler itself, then two that it records.
@@ -113,7 +120,7 @@ def make_parser():
 
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default=HUB_MODEL, help="hub name or folder (default: %(default)s)")
-    add("--train-file", help=f"SQuAD v1.1 JSON (default: the hub's {HUB_DATA})")
+    add("--train-file", help=f"questions, as JSON (default: the hub's {HUB_DATA})")
     add("--validation-file", help="likewise")
     add("--sample", action="store_true", help="baseline/sample: small data and a small model")
     add("--limit", type=count, help="the first N questions of each file (default: all)")
@@ -138,6 +145,7 @@ def make_parser():
     add("--precision", choices=["fp32", "tf32", "bf16"], help="(default: bf16; on a CPU fp32)")
     add("--compile", action=on_or_off, help="each layer (default: on a GPU)")
     add("--fused", action=on_or_off, default=True, help="AdamW in one kernel (default: on)")
+    add("--cuda-graph", action="store_true", help="one launch per step (default: off)")
 
     add = parser.add_argument_group("what a run leaves").add_argument
     add("--output", help=f"folder (default: runs/{HERE.name}-JOBID or -DATE-TIME)")
@@ -170,6 +178,10 @@ def parse_arguments(argv=None):
         raise Problem("--stride: give less than --max-length - 3")
     if args.batch_size < args.accumulate:
         raise Problem("--batch-size is smaller than --accumulate: raise it")
+    same_shapes = args.batching in ("padded", "packed") and args.accumulate == 1
+    if args.cuda_graph and not (cuda and same_shapes and args.fused):
+        fix = "give it on a GPU, with --batching packed or padded, --accumulate 1 and --fused"
+        raise Problem(f"--cuda-graph: {fix}")
 
     args.device_type = "cuda" if cuda else "cpu"
     args.precision = args.precision or ("bf16" if cuda else "fp32")
@@ -204,9 +216,9 @@ def use_sample(args):
 # 2. What a run says and writes
 
 
-def log(text, file=sys.stdout):
+def log(text):
     """Prints at once: SLURM's log is read while the job runs."""
-    print(text, file=file, flush=True)
+    print(text, flush=True)
 
 
 def progress(items, description):
@@ -217,6 +229,12 @@ def progress(items, description):
     return tqdm(
         items, description, file=sys.stdout, leave=False, delay=2, mininterval=10, bar_format=line
     )
+
+
+def one_line(error):
+    """Returns what a library's error says in one line: all of it, but for those of a page."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(text, 500, placeholder=" ...").rstrip(".")
 
 
 def write_atomically(path, write, suffix=".tmp"):
@@ -244,92 +262,209 @@ def write_json(path, content):
 
 # 3. Questions: a file, or the hub's data set, to a list of examples
 
-# SQuAD v1.1's shape: a dict has these fields, a list any number of such items.
-SQUAD_SHAPE = {
-    "data": [
-        {
-            "paragraphs": [
-                {
-                    "context": str,
-                    "qas": [
-                        {
-                            "id": str,
-                            "question": str,
-                            "answers": [{"text": str, "answer_start": int}],
-                        }
-                    ],
-                }
-            ]
-        }
-    ]
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a decimal number",
+    bool: "true or false",
+    type(None): "missing",
 }
-SHAPE_NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
-
-
-def check_shape(value, shape, place):
-    """Raises Problem naming the first place where value has another shape than SQUAD_SHAPE's."""
-    kind = shape if isinstance(shape, type) else type(shape)
-    if type(value) is not kind:  # not isinstance, for which True is an int
-        raise Problem(f"{place} is not {SHAPE_NAMES[kind]}: give SQuAD v1.1's shape")
-    if kind is dict:
-        for name, field_shape in shape.items():
-            check_shape(value.get(name), field_shape, f"{place}.{name}")
-    elif kind is list:
-        for index, item in enumerate(value):
-            check_shape(item, shape[0], f"{place}[{index}]")
-    elif kind is str:
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON's escapes can spell half a character
-            raise Problem(f"{place} holds half a character (a lone surrogate): fix the text")
+# How files begin that come in the place of JSON, what they are, and the fix.
+NOT_JSON = {
+    b"<": "a web page: fetch the raw file",
+    b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
+    b"PK": "a zip archive: unzip it",
+}
 
 
 def read_squad(path, limit=None):
-    """Reads the first `limit` questions of a SQuAD v1.1 file, in the form of the datasets library:
-    a list of {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}.
+    """Reads the first `limit` questions of a file, in the form of the datasets library: a list of
+    {"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}. The file has
+    such records or SQuAD v1.1's nesting, as JSON or JSON lines, which gzip may have compressed.
 
     Raises Problem naming the file, the field and the fix; OSError where it cannot be read."""
-    try:
-        document = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Problem(f"{path}: not JSON ({error}): fetch the file again")
-    if not isinstance(document, dict):
-        raise Problem(f"{path}: not an object with the field data: give SQuAD v1.1's shape")
-    check_shape(document.get("data"), SQUAD_SHAPE["data"], f"{path}: data")
     examples = {}
-    for i, article in enumerate(document["data"]):
-        for j, paragraph in enumerate(article["paragraphs"]):
-            place = f"{path}: data[{i}].paragraphs[{j}]"
-            if not paragraph["context"].strip():
-                raise Problem(f"{place}.context is empty: remove the paragraph")
-            for k, question in enumerate(paragraph["qas"]):
-                example = make_example(question, paragraph["context"], f"{place}.qas[{k}]")
+    wrong = []
+    count = 0
+    for document_place, document in read_documents(path):
+        for place, question in find_questions(document_place, document):
+            count += 1
+            try:
+                example = make_example(question)
                 if example["id"] in examples:
-                    raise Problem(f"{place}.qas[{k}].id {example['id'][:60]!r} is there twice")
+                    raise Problem(f"id {example['id'][:60]!r} is there twice: give each its own")
                 examples[example["id"]] = example
+            except Problem as problem:
+                wrong.append(f"{place or 'the top'}: {problem}")
+    if wrong:
+        what = f"{len(wrong):,} of {count:,} questions are wrong"
+        raise Problem(f"{path}: {what}, the first at {wrong[0]}")
     if not examples:
-        raise Problem(f"{path}: data holds no question: give a file with paragraphs and qas")
+        raise Problem(f"{path}: no question in it: give SQuAD v1.1's JSON, or records")
     return list(examples.values())[:limit]
 
 
-def make_example(question, context, place):
-    """Returns a question of a SQuAD file as the datasets library has it, its answers checked."""
-    if not question["answers"] or question.get("is_impossible"):
-        raise Problem(f"{place}.answers has none: this is SQuAD v2, take v1.1")
-    for m, answer in enumerate(question["answers"]):
-        start = answer["answer_start"]
-        found = context[start : start + len(answer["text"])] if start >= 0 else ""
-        if not found or found != answer["text"]:
-            raise Problem(f"{place}.answers[{m}].answer_start does not lead to its text: fix it")
+def read_documents(path):
+    """Returns [(place, document)] of a file: the items of a list of JSON, the lines of JSON lines,
+    or the one object that it is. A line that is not JSON has a Problem in its place."""
+    content = Path(path).read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Problem(f"{path}: a damaged gzip ({error}): fetch the file again")
+    for beginning, what in NOT_JSON.items():
+        if content[:100].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
+            raise Problem(f"{path}: not JSON, but {what}")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        lines = parse_lines(error.doc) if getattr(error, "msg", None) == "Extra data" else []
+        if not lines or isinstance(lines[0][1], Problem):
+            raise Problem(f"{path}: not JSON ({error}): {fix_json(error)}")
+        return lines
+    if isinstance(document, list):
+        return [(f"[{index}]", item) for index, item in enumerate(document)]
+    return [("", document)]
+
+
+def parse_lines(text):
+    """Returns [(place, document)] of JSON lines."""
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 too
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            document = Problem(f"not JSON ({str(error).replace('line 1 ', '')}): {fix_json(error)}")
+        lines.append((f"line {number}", document))
+    return lines
+
+
+def fix_json(error):
+    """Returns what to do about text that json.loads refuses with this error."""
+    fix = "fix it there"
+    cut_short = False
+    if isinstance(error, UnicodeDecodeError):
+        fix = "save it as UTF-8"
+        cut_short = error.end == len(error.object)
+    elif isinstance(error, json.JSONDecodeError):
+        fix = "fix it there" if error.pos else "give JSON"
+        cut_short = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    return "it is cut short: fetch the file again" if cut_short else fix
+
+
+def find_questions(document_place, document):
+    """Yields (place, question) of each question of SQuAD's nesting, with its context in it. What is
+    less nested, such as a record, is its own article, paragraph or question."""
+    for article_place, article in children(document_place, document, "data"):
+        for paragraph_place, paragraph in children(article_place, article, "paragraphs"):
+            questions = list(children(paragraph_place, paragraph, "qas"))
+            for place, question in questions:
+                if isinstance(question, dict):
+                    question = {**question, "context": paragraph.get("context")}
+                yield place, question
+            # A paragraph without questions is passed over, but not if it has no text either.
+            if not questions and paragraph.get("context", "") == "":
+                yield paragraph_place, Problem("context is empty: remove the paragraph")
+
+
+def children(place, item, field):
+    """Yields (place, child) of each child in an object's list, or the item if it has no such."""
+    if not isinstance(item, dict) or not isinstance(item.get(field), list):
+        yield place, item
+        return
+    for index, child in enumerate(item[field]):
+        yield f"{place}.{field}[{index}]".lstrip("."), child
+
+
+def make_example(question):
+    """Returns a question as the datasets library has it; raises Problem where it is wrong."""
+    if isinstance(question, Problem):
+        raise question
+    check_kind(question, dict, "it")
+    if "question" not in question:
+        what = "it has no question, and no list called data, paragraphs or qas"
+        raise Problem(f"{what}: give one, or remove it")
+    name = question.get("id")
+    if type(name) is int:
+        name = str(name)
+    check_kind(name, str, "id")
+    context = question["context"]
+    check_kind(context, str, "context")
+    check_kind(question["question"], str, "question")
+    if not context.strip():
+        raise Problem("context is empty: remove it")
+    if "answers" not in question:
+        raise Problem("it has no answers, as in a test set: give a file with answers")
+    texts, starts = list_answers(question["answers"])
+    impossible = question.get("is_impossible")
+    if isinstance(impossible, str):
+        impossible = impossible.lower() not in ("false", "0", "no", "")
+    if impossible or not texts:
+        raise Problem("it has no answer: this is SQuAD v2, take v1.1, or remove such questions")
+    for index, (text, start) in enumerate(zip(texts, starts)):
+        check_kind(text, str, f"answers[{index}].text")
+        check_kind(start, int, f"answers[{index}].answer_start")
+        check_answer(text, start, context, f"answers[{index}]")
     return {
-        "id": question["id"],
+        "id": name,
         "question": question["question"],
         "context": context,
-        "answers": {
-            "text": [answer["text"] for answer in question["answers"]],
-            "answer_start": [answer["answer_start"] for answer in question["answers"]],
-        },
+        "answers": {"text": texts, "answer_start": starts},
     }
+
+
+def check_kind(value, kind, name):
+    """Raises Problem where a field's value is of another kind; its type, as True is an int too."""
+    if type(value) is not kind:
+        raise Problem(f"{name} is {KINDS[type(value)]}: give {KINDS[kind]}")
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON's escapes can spell half a character
+            raise Problem(f"{name} holds half a character (a lone surrogate): fix the text")
+
+
+def list_answers(answers):
+    """Returns the texts and the starts of SQuAD's list of answers, or of an object of two lists."""
+    if not answers:
+        return [], []
+    if isinstance(answers, dict):
+        texts = answers.get("text")
+        starts = answers.get("answer_start")
+        check_kind(texts, list, "answers.text")
+        check_kind(starts, list, "answers.answer_start")
+        if len(texts) != len(starts):
+            what = f"answers has {len(texts)} in text and {len(starts)} in answer_start"
+            raise Problem(f"{what}: give each text its start")
+        return texts, starts
+    check_kind(answers, list, "answers")
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, dict):
+            what = f"answers[{index}] is {KINDS[type(answer)]}"
+            raise Problem(f"{what}: give an object of text and answer_start")
+    texts = [answer.get("text") for answer in answers]
+    starts = [answer.get("answer_start") for answer in answers]
+    return texts, starts
+
+
+def check_answer(text, start, context, name):
+    """Raises Problem where an answer is not at its start in the context, naming where it is."""
+    if not text:
+        raise Problem(f"{name}.text is empty: remove this answer")
+    if start >= 0 and context.startswith(text, start):
+        return
+    places = [match.start() for match in re.finditer(re.escape(text), context)]
+    if not places:
+        fix = "copy it from there: case, spaces and Unicode form (NFC, NFD) count"
+        raise Problem(f"{name}.text {text[:60]!r} is not in the context: {fix}")
+    nearest = min(places, key=lambda place: abs(place - start))
+    what = f"{name}.answer_start is {str(start)[:20]}, but the text is at {nearest}"
+    raise Problem(f"{what}: count the context's characters, from 0")
 
 
 def read_hub(split, limit=None):
@@ -341,13 +476,22 @@ def read_hub(split, limit=None):
     try:
         dataset = datasets.load_dataset(HUB_DATA, split=split)
     except Exception as error:  # the library's errors have no common class
-        what = f"{HUB_DATA} is not in the cache ({type(error).__name__})"
+        what = f"{HUB_DATA} {split} is not in the cache ({type(error).__name__})"
         fix = "run bash baseline/prepare.sh where there is internet"
-        raise Problem(f"{what}: {fix}, or give --train-file and --validation-file")
+        raise Problem(f"{what}: {fix}, or give --{split}-file")
     return dataset.select(range(min(limit or len(dataset), len(dataset)))).to_list()
 
 
 # 4. Features: windows of tokens, as the tokenizer's usual call cuts them
+
+SUMMARY = [
+    "questions",
+    "features",
+    "features without an answer",
+    f"answers over {MAX_ANSWER_TOKENS} tokens",
+    "answers that no window holds",
+    "answers that do not fall on tokens' edges",
+]
 
 
 def build_features(examples, tokenizer, args, source):
@@ -359,12 +503,14 @@ def build_features(examples, tokenizer, args, source):
       example [windows]: whose window it is;
       context_first, context_end [windows]: where within it the context's tokens begin and end;
       start, end [windows]: the answer's first and last token within it, or 0, 0 (the classification
-      token) where it does not hold the whole answer.
+      token) where it does not hold the whole answer;
+      summary [6]: the counts that SUMMARY names.
     Raises Problem, with source, the file's name, where a question leaves no room for a context."""
+    check_questions_fit(examples, tokenizer, args, source)
     columns = collections.defaultdict(list)
+    without_word = []
     for first in progress(range(0, len(examples), 1000), f"tokenising {source}"):
         batch = examples[first : first + 1000]
-        check_questions_fit(batch, tokenizer, args, source)
         encoding = tokenizer(
             [example["question"].lstrip() for example in batch],
             [example["context"] for example in batch],
@@ -379,7 +525,8 @@ def build_features(examples, tokenizer, args, source):
             offsets = np.array(encoding["offset_mapping"][window], np.int32)
             sequence_ids = encoding.sequence_ids(window)  # 0: question, 1: context, None: special
             if 1 not in sequence_ids:
-                raise Problem(f"{source}: question {batch[index]['id']!r}: its context has no word")
+                without_word.append(batch[index]["id"])
+                continue
             context_first = sequence_ids.index(1)
             context_end = len(sequence_ids) - sequence_ids[::-1].index(1)
             start, end = find_answer(batch[index], offsets[context_first:context_end])
@@ -392,30 +539,38 @@ def build_features(examples, tokenizer, args, source):
             columns["context_end"].append(context_end)
             columns["start"].append(0 if start is None else context_first + start)
             columns["end"].append(0 if end is None else context_first + end)
+    if without_word:
+        what = f"{len(without_word):,} of {len(examples):,} questions have no word in their context"
+        raise Problem(f"{source}: {what}, the first is {without_word[0][:60]!r}: remove them")
     lengths = [len(ids) for ids in columns["input_ids"]]
     features = {"begin": np.concatenate([[0], np.cumsum(lengths)])}
     for name, column in columns.items():
         per_token = name in ("input_ids", "token_types", "offsets")
         features[name] = np.concatenate(column) if per_token else np.array(column, np.int32)
+    features["summary"] = summarise(examples, features, tokenizer)
     return features
 
 
 def check_questions_fit(examples, tokenizer, args, source):
     """Raises Problem where a window has no room for context beside the question and the overlap."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    questions = tokenizer(
-        [example["question"].lstrip() for example in examples], add_special_tokens=False
-    )
-    for example, question in zip(examples, questions["input_ids"]):
-        room = args.max_length - special - len(question)
-        if room > args.stride and not example["context"].isspace():
-            continue
-        context = tokenizer(example["context"], add_special_tokens=False)["input_ids"]
-        if not 0 < len(context) <= room:
-            what = (
-                f"question {example['id'][:60]!r} ({len(question)} tokens, context {len(context)})"
-            )
-            raise Problem(f"{source}: {what} does not fit: raise --max-length or lower --stride")
+    wrong = []
+    for first in range(0, len(examples), 1000):
+        batch = examples[first : first + 1000]
+        questions = [example["question"].lstrip() for example in batch]
+        encoding = tokenizer(questions, add_special_tokens=False)
+        for example, question in zip(batch, encoding["input_ids"]):
+            room = args.max_length - special - len(question)
+            if room > args.stride and not example["context"].isspace():
+                continue
+            context = tokenizer(example["context"], add_special_tokens=False)["input_ids"]
+            if not 0 < len(context) <= room:
+                what = f"{example['id'][:60]!r} ({len(question)} tokens, context {len(context)})"
+                fix = "lower --stride" if room > 0 else "shorten it"
+                wrong.append(f"{what}: raise --max-length or {fix}")
+    if wrong:
+        what = f"{len(wrong):,} of {len(examples):,} questions do not fit"
+        raise Problem(f"{source}: {what}, the first is {wrong[0]}")
 
 
 def find_answer(example, offsets):
@@ -429,6 +584,37 @@ def find_answer(example, offsets):
     first = offsets[:, 0].searchsorted(answer_start, side="right") - 1
     last = offsets[:, 1].searchsorted(answer_end, side="left")
     return first, last
+
+
+def summarise(examples, features, tokenizer):
+    """Returns the counts that SUMMARY names. Of several answers to a question, its first counts."""
+    labels = {}  # by question: the answer's first and last token in a window, and its offsets
+    for window in np.flatnonzero(features["start"]):
+        begin, end = features["begin"][window : window + 2]
+        label = (features["start"][window], features["end"][window], features["offsets"][begin:end])
+        labels[features["example"][window]] = label
+    over_limit = 0
+    off_edges = 0
+    for index, example in enumerate(examples):
+        context = example["context"]
+        if index in labels:
+            first, last, offsets = labels[index]
+        else:  # as if a window could hold all of the context
+            encoding = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)
+            offsets = np.array(encoding["offset_mapping"])
+            first, last = find_answer(example, offsets)
+        if first is None:
+            off_edges += 1
+            continue
+        over_limit += last - first + 1 > MAX_ANSWER_TOKENS
+        # Some tokenizers' tokens begin with the space before a word.
+        spelled = context[offsets[first, 0] : offsets[last, 1]].strip()
+        off_edges += spelled != example["answers"]["text"][0].strip()
+    windows = len(features["start"])
+    without_answer = windows - np.count_nonzero(features["start"])
+    in_no_window = len(examples) - len(labels)
+    counts = [len(examples), windows, without_answer, over_limit, in_no_window, off_edges]
+    return np.array(counts)
 
 
 def load_features(path, split, tokenizer, args):
@@ -470,6 +656,8 @@ def load_features(path, split, tokenizer, args):
             write_atomically(file, lambda out: np.savez(out, **features), suffix)
         except (OSError, Problem) as error:
             log(f"the features are not kept: {error}")
+    counts = [f"{count:,} {what}" for count, what in zip(features["summary"], SUMMARY)]
+    log(f"{source}: {', '.join(counts)}")
     features["lengths"] = np.diff(features["begin"])
     features["content"] = content[:16]
     features["cached"] = cached
@@ -609,7 +797,8 @@ def pack_rows(sizes):
 
 
 def plan_to_device(plan, device):
-    """Copies the plan's indices to the device, once."""
+    """Copies to the device, once, what the steps take from the plan."""
+    plan["device_count"] = torch.tensor(plan["count"], device=device)
     plan["device_features"] = torch.tensor(plan["features"], device=device)
     if "cu_seqlens" in plan:
         plan["device_cu_seqlens"] = torch.tensor(plan["cu_seqlens"], device=device)
@@ -715,16 +904,20 @@ transformers.AttentionInterface.register("packed_loop", packed_loop)
 def load_tokenizer(args):
     """Returns the model's tokenizer and config; raises Problem on what cannot be trained here."""
     where = f"--model {args.model}"
-    tokenizer_files = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
-    if Path(args.model).is_dir() and not set(tokenizer_files) & set(os.listdir(args.model)):
-        raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
+    check_model_folder(args.model, where)
     try:
-        config = transformers.AutoConfig.from_pretrained(args.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        is_adapter = transformers.utils.find_adapter_config_file(args.model) is not None
+        if not is_adapter:
+            config = transformers.AutoConfig.from_pretrained(args.model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except Exception as error:  # transformers' errors have no common class
-        reason = " ".join(str(error).split())[:200]
-        fix = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
-        raise Problem(f"{where}: {reason}: {fix}")
+        fix = "give a folder that is there, or run bash baseline/prepare.sh for a model of the hub"
+        if Path(args.model).is_dir():
+            fix = "give a folder that save_pretrained has written"
+        raise Problem(f"{where}: {one_line(error)}: {fix}")
+    if is_adapter:
+        what = "has a PEFT adapter, which would be left out"
+        raise Problem(f"{where} {what}: merge it first, with merge_and_unload(), and save that")
     if not tokenizer.is_fast:
         raise Problem(f"{where}: it has no fast tokenizer (tokenizer.json): save one there")
     if len(tokenizer) > config.vocab_size:
@@ -733,37 +926,139 @@ def load_tokenizer(args):
     return tokenizer, config
 
 
+def check_model_folder(name, where):
+    """Raises Problem where --model names a folder that is not there, or that holds no model."""
+    folder = Path(name)
+    is_path = name.count("/") > 1 or name.startswith(("/", ".", "~"))  # the hub has owner/model
+    if is_path and not folder.exists():
+        raise Problem(f"{where}: there is no such folder")
+    if folder.is_file():
+        raise Problem(f"{where} is a file: give the folder that it is in")
+    if not folder.is_dir():
+        return
+    names = set(os.listdir(folder))
+    below = sorted(folder.glob("*/config.json"))
+    if "config.json" not in names and below:
+        raise Problem(f"{where} has no config.json: give {below[0].parent}, which has one")
+    if "checkpoint.pt" in names:
+        raise Problem(f"{where} is a run that has not finished: finish it, then give its model/")
+    tokenizer_files = {"tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model"}
+    if not tokenizer_files & names:
+        raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
+
+
 # What --dropout sets, as BERT and as DistilBERT name it.
 DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 DROPOUT_NAMES += ("dropout", "attention_dropout", "qa_dropout")
+# What is taken for granted here, and what another task may have left otherwise in config.json.
+CONFIG = {
+    "num_labels": 2,  # logits: the answer's first and last token
+    "output_attentions": False,  # a model with another attention function cannot be saved with it
+    "output_hidden_states": False,
+    "return_dict": True,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,  # a packed row is in no such chunks
+}
+
+
+def adapt_config(config, args):
+    """Sets what the training relies on, and says what was otherwise."""
+    changes = []
+    for name, value in CONFIG.items():
+        before = getattr(config, name, value)
+        if before != value:
+            setattr(config, name, value)
+            changes.append(f"{name} {value} (was {before})")
+    if changes:
+        log(f"the model's config is changed: {', '.join(changes)}")
+    names = [name for name in DROPOUT_NAMES if hasattr(config, name)]
+    if args.dropout is not None and not names:
+        raise Problem(f"--dropout: a {config.model_type} has no {DROPOUT_NAMES[0]}: leave it out")
+    for name in names:
+        if args.dropout is not None:
+            setattr(config, name, args.dropout)
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        what = f"position_embedding_type {positions}, which transformers has no more"
+        raise Problem(f"--model {args.model}: {what}: give one with absolute positions")
 
 
 def load_model(args, config):
     """Returns the model in fp32 on the CPU; its question-answering head, if new, is from --seed.
 
     The sample has no weights: all of its model is random, from --seed."""
-    for name in DROPOUT_NAMES:
-        if args.dropout is not None and hasattr(config, name):
-            setattr(config, name, args.dropout)
+    adapt_config(config, args)
     family = transformers.AutoModelForQuestionAnswering
     options = {"attn_implementation": args.attention, "dtype": torch.float32}
     torch.manual_seed(args.seed)
-    missing = []
+    loading = None
     try:
         if args.sample:
             model = family.from_config(config, **options)
         else:
             options |= {"config": config, "weights_only": True, "output_loading_info": True}
+            # Weights of another shape are then in the loading's report, instead of an error.
+            options["ignore_mismatched_sizes"] = True
             model, loading = family.from_pretrained(args.model, **options)
-            missing = [name for name in loading["missing_keys"] if "qa_outputs" not in name]
     except Exception as error:  # safetensors, pickle, the file system each have their own
-        reason = " ".join(str(error).split())[:200]
-        raise Problem(f"--model {args.model}: {reason}: give a folder with all of its weights")
-    if missing:  # transformers has made them at random
-        what = f"{len(missing)} of its weights are not in its file, as {sorted(missing)[0]}"
-        raise Problem(f"--model {args.model}: {what}: give one that was saved with save_pretrained")
+        what = one_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # it goes on for a page
+            what = "its .bin file is damaged, or holds more than tensors"
+        raise Problem(f"--model {args.model}: {what}: give a folder with all of its weights")
     check_model(model, args)
+    if loading:
+        check_weights(model, loading, f"--model {args.model}")
     return model
+
+
+def check_weights(model, loading, where):
+    """Raises Problem where some weights are not the file's, since they would be random ones, or are
+    no numbers. Says what of the file is not used."""
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, file_shape, model_shape = mismatched[0]
+        what = f"{len(mismatched)} of its weights do not fit its config.json"
+        shapes = f"{name} has the shape {list(file_shape)} in its file, not {list(model_shape)}"
+        fix = "give the config.json that belongs to the file"
+        if "qa_outputs" in name:
+            fix = "give a model whose head has two labels, or none"
+        raise Problem(f"{where}: {what}: {shapes}: {fix}")
+    unused = sorted(loading["unexpected_keys"])
+    head = {name for name in loading["missing_keys"] if "qa_outputs" in name}
+    missing = sorted(loading["missing_keys"] - head)
+    if missing:
+        what = f"{len(missing)} of its weights are not in its file, as {missing[0]}"
+        raise Problem(f"{where}: {what}: {why_missing(missing, unused, model.config)}")
+    not_finite = [name for name, one in model.named_parameters() if not one.isfinite().all()]
+    if not_finite:
+        what = f"{len(not_finite)} of its weights are not finite numbers, as {not_finite[0]}"
+        raise Problem(f"{where}: {what}: give a file that was saved before")
+    if head:
+        log("the model's head for answers is new, with random weights from --seed")
+    if unused:
+        modules = sorted({".".join(name.split(".")[:4]) for name in unused})
+        names = textwrap.shorten(", ".join(modules), 200, placeholder=" ...")
+        log(f"{len(unused)} weights of the model's file are not used: {names}")
+
+
+def why_missing(missing, unused, config):
+    """Returns the likely reason why a model's weights are missing in its file, and the fix."""
+    layers = {int(number) for number in re.findall(r"\.layer\.(\d+)\.", " ".join(missing))}
+    first = min(layers, default=0)
+    if first and layers == set(range(first, config.num_hidden_layers)):
+        what = f"config.json asks for {config.num_hidden_layers} layers, the file has {first}"
+        return f"{what}: set num_hidden_layers to {first}"
+    # With the family's prefix, as bert., and without it.
+    for name in (missing[0], missing[0].split(".", 1)[-1]):
+        prefix = next((other.removesuffix(name) for other in unused if other.endswith(name)), None)
+        if prefix and prefix.strip(".") in transformers.CONFIG_MAPPING:
+            return f"they are a {prefix.strip('.')}'s: give the config.json that belongs to them"
+        if prefix:
+            return f"they begin with {prefix!r} there, a wrapper's name: save the model within it"
+    if unused:
+        return f"it is another architecture's, with {unused[0]}: give its own config.json"
+    return "it is not complete: fetch it again"
 
 
 def check_model(model, args):
@@ -830,12 +1125,11 @@ class SpanModel(torch.nn.Module):
         self.model = model
         self.args = args
 
-    def forward(self, batch, count):
-        """Returns the sum of the micro-batch's losses divided by count, the features of the step:
-        so the micro-batches' losses, and their gradients, add up to the step's mean."""
+    def forward(self, batch):
+        """Returns the sum of the micro-batch's losses."""
         logits = span_logits(self.model, batch, self.args)
         losses = F.cross_entropy(logits, batch["labels"], reduction="none")  # [rows, 2]
-        return losses.mean(dim=1).sum() / count
+        return losses.mean(dim=1).sum()
 
 
 # 7. Optimiser and schedule
@@ -866,6 +1160,12 @@ def learning_rate_factor(step, steps, warmup):
     rising = (step + 1) / warmup_steps
     falling = (steps - step) / max(steps - warmup_steps, 1)
     return min(rising, falling)
+
+
+def set_learning_rate(optimizer, factor):
+    """Sets each group's rate, a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
 
 # 8. Timing and profiling
@@ -917,8 +1217,13 @@ def make_profiler(folder, skipped_steps, device, state):
     operators in state. Without skipped_steps (None) it never records."""
 
     def finish(profiler):
+        if profiler.step_num < (skipped_steps or 0) + PROFILER_STEPS:
+            return  # ended in these steps: the life that goes on records them
         begin = time.perf_counter()
-        torch.profiler.tensorboard_trace_handler(folder, "rank0", use_gzip=True)(profiler)
+        worker = "rank0"
+        for earlier in Path(folder).glob(f"{worker}.*.gz"):  # of a life that was ended just here
+            earlier.unlink()
+        torch.profiler.tensorboard_trace_handler(folder, worker, use_gzip=True)(profiler)
         averages = profiler.key_averages()
         state["operators"] = averages.table(f"self_{device.type}_time_total", row_limit=20)
         state["seconds"]["profile"] += time.perf_counter() - begin
@@ -948,21 +1253,25 @@ def settings_of(args, features):
     return settings | {"model": Path(args.model).name, "train_file": features["content"]}
 
 
+@contextlib.contextmanager
 def open_output(output):
-    """Makes the run's folder and returns a lock on it, which lasts until the process ends."""
+    """Makes the run's folder, and keeps a lock on it while the block lasts. None: there is none."""
+    if output is None:
+        yield
+        return
     output.mkdir(parents=True, exist_ok=True)
-    lock = open(output / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"--output {output}: another run writes there: wait, or choose another")
-    except OSError:
-        pass  # a file system without locks
-    # A full disk is told before anything is begun.
-    probe = output / ".probe"
-    write_atomically(probe, lambda file: file.write(bytes(2**16)))
-    probe.unlink()
-    return lock
+    with open(output / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"--output {output}: another run writes there: wait, or choose another")
+        except OSError:
+            pass  # a file system without locks
+        # A full disk is told before anything is begun.
+        probe = output / ".probe"
+        write_atomically(probe, lambda file: file.write(bytes(2**16)))
+        probe.unlink()
+        yield
 
 
 def stop_requested(output):
@@ -1018,6 +1327,21 @@ def restore(checkpoint, model, optimizer, state):
     state.update(checkpoint["state"])
     state["resumed_from_steps"].append(state["step"])
     log(f"going on from step {state['step']:,}")
+
+
+def add_life(state, life):
+    """Notes which code runs now, and says so where it is not the code that ran until here."""
+
+    def name(life):
+        changes = " with changes" if life["dirty"] else ""
+        return f"{life['commit'][:10]}{changes}" if life["commit"] else "unknown"
+
+    if state["step"] and not state["lives"]:  # a checkpoint from before they were noted
+        state["lives"].append(dict.fromkeys(life))
+    if state["lives"] and state["lives"][-1]["hash"] != life["hash"]:
+        commits = f"commit {name(state['lives'][-1])}, now {name(life)}"
+        log(f"train.py has changed since step {state['step']:,} ({commits})")
+    state["lives"].append(life)
 
 
 # 10. Evaluation: logits to answers, answers to scores
@@ -1225,17 +1549,16 @@ def planned_batch(table, plan, step, micro):
     return make_batch(table, chosen, width, plan["row_tokens"], cu_seqlens)
 
 
-def training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval):
-    """One optimiser step: the micro-batches' gradients add up, are clipped and move the weights."""
-    factor = learning_rate_factor(step, steps, args.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+def training_step(args, step, span_model, optimizer, features, plan, clock, interval):
+    """One optimiser step: the micro-batches' gradients add up, are clipped and move the weights.
+
+    Their losses are divided by the features of the whole step, so that they add up to its mean."""
     for micro in range(args.accumulate):
         torch.manual_seed(dropout_seed(args.seed, step, micro))
         with clock("data"):
             batch = planned_batch(features["table"], plan, step, micro)
         with clock("forward"):
-            loss = span_model(batch, int(plan["count"][step]))
+            loss = span_model(batch) / plan["device_count"][step]
         with clock("backward"):
             loss.backward()
         interval.add_loss(step, loss)
@@ -1244,6 +1567,54 @@ def training_step(args, step, steps, span_model, optimizer, features, plan, cloc
         optimizer.step()
         span_model.zero_grad()
     interval.add_norm(step, norm)
+
+
+class StepGraph:
+    """A whole training step, recorded once as a CUDA graph: the host then launches it as one, in
+    place of its thousand kernels ("Whole-network capture" in torch's notes on CUDA semantics).
+
+    A graph repeats what was recorded, on the same memory: so it has a plan of one step for its
+    input, learning rates, and a place for its loss, all on the device and of its own. The default
+    stream cannot be recorded, so all of the run is on another one."""
+
+    AFTER = 3  # steps, in which all is allocated and compiled
+
+    def __init__(self, args, span_model, optimizer, features, plan, device):
+        self.args = args
+        self.optimizer = optimizer
+        self.plan = plan
+        self.input = dict(plan)
+        for name in plan:
+            if name.startswith("device_"):
+                self.input[name] = plan[name][:1].clone()
+        self.interval = Interval(device, longest=1, first_step=0)
+        self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, self.rates):
+            group["lr"] = rate
+            group["capturable"] = True
+        # While recording, a seed can only be set to what it is.
+        torch.manual_seed(dropout_seed(args.seed, 0, 0))
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            untimed = contextlib.nullcontext
+            training_step(
+                args, 0, span_model, optimizer, features, self.input, untimed, self.interval
+            )
+        for group in optimizer.param_groups:
+            group["capturable"] = False  # a checkpoint is as any other run's
+
+    def replay(self, step, interval):
+        """Takes the place of training_step."""
+        torch.manual_seed(dropout_seed(self.args.seed, step, 0))  # replaying hands it to the GPU
+        for name in self.input:
+            if name.startswith("device_"):
+                self.input[name].copy_(self.plan[name][step])
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            rate.fill_(group["lr"])
+        self.interval.losses.zero_()
+        self.graph.replay()
+        interval.add_loss(step, self.interval.losses[0])
+        interval.add_norm(step, self.interval.norms[0])
 
 
 def train(
@@ -1261,6 +1632,7 @@ def train(
     profiled = args.profile and not state["operators"] and steps - first >= 8
     measured_from = warmup_end + PROFILER_STEPS if profiled else warmup_end
     steady = find_steady_steps(plan, first, measured_from, args)
+    graph = None
     skipped = warmup_end - first if profiled else None
     if is_evaluation_due(args, plan, first) and not is_evaluated(state) and evaluate() is None:
         return
@@ -1269,7 +1641,14 @@ def train(
     span_model.train()
     with make_profiler(f"{output}/tensorboard", skipped, device, state) as profiler:
         for step in range(first, steps):
-            training_step(args, step, steps, span_model, optimizer, features, plan, clock, interval)
+            set_learning_rate(optimizer, learning_rate_factor(step, steps, args.warmup))
+            if args.cuda_graph and step == first + StepGraph.AFTER:
+                graph = StepGraph(args, span_model, optimizer, features, plan, device)
+            if graph:
+                graph.replay(step, interval)
+            else:
+                training_step(args, step, span_model, optimizer, features, plan, clock, interval)
+            keep_signals()
             profiler.step()
             done = step + 1
             # Not at each of a GPU's steps: it is a look at the disk.
@@ -1325,7 +1704,7 @@ def end_interval(args, measured, plan, clock, state, device, writer):
         "features": int(plan["count"][span].sum()),
         "squares": int(plan["squares"][span].sum()),
         "memory_gib": peak_memory_gib(device),
-        "phases": clock.read(),
+        "phases": {} if args.cuda_graph else clock.read(),  # a graph is timed as a whole
     }
     state["intervals"].append(measured)
     state["step"] = done
@@ -1403,18 +1782,23 @@ BOARD = {
 HPARAMS = ["batch_size", "batching", "compile", "learning_rate", "precision", "seed"]
 
 
+@contextlib.contextmanager
 def open_writer(output, state):
-    """Returns TensorBoard's writer; what an earlier life wrote after its last save is purged."""
+    """Opens TensorBoard's writer; what an earlier life wrote after its last save is purged."""
     step = state["step"]
     writer = SummaryWriter(output / "tensorboard", purge_step=step)
-    writer.add_custom_scalars(BOARD)
-    # What was written at the very step of the save is purged too, so it is written again.
-    for measured in state["intervals"][-1:]:
-        write_scalars(writer, measured)
-    for evaluation in state["evaluations"]:
-        if evaluation["step"] == step:
-            write_evaluation(writer, evaluation)
-    return writer
+    try:
+        writer.add_custom_scalars(BOARD)
+        # What was written at the very step of the save is purged too, so it is written again.
+        for measured in state["intervals"][-1:]:
+            write_scalars(writer, measured)
+        for evaluation in state["evaluations"]:
+            if evaluation["step"] == step:
+                write_evaluation(writer, evaluation)
+        yield writer
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: whatever ends the run says so
+            writer.close()
 
 
 def write_scalars(writer, measured):
@@ -1471,7 +1855,18 @@ def count_cores():
     return os.cpu_count()
 
 
-def describe_environment(device):
+def describe_code():
+    """Returns which code this life runs. Called at its start, as files may change afterwards."""
+    return {
+        "commit": output_of("git", "rev-parse", "HEAD") or None,
+        # New files change no run: SLURM's logs, a report.
+        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
+        "start": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def describe_environment(device, life):
     """Returns what a reader must know to trust a run's figures: code, machine and versions."""
     on_gpu = device.type == "cuda"
     versions = {}
@@ -1479,9 +1874,8 @@ def describe_environment(device):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {
-        "commit": output_of("git", "rev-parse", "HEAD") or None,
-        # New files change no run: SLURM's logs, a report.
-        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": life["commit"],
+        "dirty": life["dirty"],
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "hosts": [socket.gethostname()],
         "devices": [torch.cuda.get_device_name(device) if on_gpu else processor_name()],
@@ -1540,6 +1934,8 @@ def make_timings(plan, state, train_seconds):
     for phase in dict.fromkeys(name for interval in chosen for name in interval["phases"]):
         spent = sum(interval["phases"].get(phase, 0.0) for interval in chosen)
         phases[phase] = {"seconds": spent, "share": spent / seconds}
+    for name in ("data", "forward", "backward", "optimizer"):  # not known of a CUDA graph
+        phases.setdefault(name, {"seconds": None, "share": None})
     for name, spent in state["seconds"].items():  # beside the steps: of all of the training
         share = spent / train_seconds if train_seconds else None
         phases[name] = {"seconds": spent, "share": share}
@@ -1593,6 +1989,7 @@ def make_results(args, model, features, validation, plan, state, environment):
         "parameters": model.num_parameters(),
         "evaluations": state["evaluations"],
         "resumed_from_steps": state["resumed_from_steps"],
+        "lives": state["lives"],
         "restarts": environment["restarts"],
         "scorer": state["scorer"],
         "paper": PAPER,
@@ -1629,7 +2026,7 @@ def describe(results, timings):
         "padding": f"{show('padding_share', '{:.1%}')} of the tokens computed",
         "MFU": f"{show('model_flops_utilization', '{:.1%} of the peak of such a device')}",
         "memory": f"{show('peak_memory_gib')} GiB at most",
-        "phases": ", ".join(phases).replace("_", " "),
+        "phases": ", ".join(phases).replace("_", " ") or "not measured",
         "exact match, F1": f"{show('exact_match', '{:.2f}')}, {show('f1', '{:.2f}')}"
         f" ({results['scorer']} scorer); BERT-Base in its paper, on all of SQuAD v1.1:"
         f" {PAPER['exact_match']}, {PAPER['f1']}",
@@ -1642,6 +2039,8 @@ def save_model(output, model, tokenizer):
     temporary = output / "model.tmp"
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    for file in temporary.iterdir():  # safetensors would keep the weights from all others
+        file.chmod((temporary / "config.json").stat().st_mode)
     shutil.rmtree(output / "model", ignore_errors=True)  # from a life that was killed after this
     temporary.replace(output / "model")
 
@@ -1658,6 +2057,7 @@ def new_state():
         "scorer": None,
         "operators": "",
         "resumed_from_steps": [],
+        "lives": [],
         "seconds": {"checkpoint": 0.0, "profile": 0.0, "log": 0.0},
     }
 
@@ -1666,8 +2066,14 @@ def check_files(args):
     """Raises Problem where a file of questions is not there, before anything slow is begun."""
     for option in ("train_file", "validation_file"):
         path = getattr(args, option)
-        if path and not Path(path).is_file():
-            raise Problem(f"--{option.replace('_', '-')} {path}: there is no such file")
+        if not path or Path(path).is_file():
+            continue
+        what = "there is no such file"
+        if Path(path).is_dir():
+            what = "this is a folder: give a file"
+        elif Path(path).exists():
+            what = "this can be read only once, as a pipe: write it to a file, and give that"
+        raise Problem(f"--{option.replace('_', '-')} {path}: {what}")
 
 
 def check_cpu_hours(args, model, plan):
@@ -1712,9 +2118,14 @@ def configure_libraries(args):
     """Sets what transformers and torch do for all of the process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # transformers asks torch.compile what torch 2.11 warns of.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention plans anew for each shape, and knows dropout in sixteenths only.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # TensorBoard's thread hands a full disk on to its next call: a traceback says no more.
+    hook = threading.excepthook
+    threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or hook(end)
 
 
 def prepare(args):
@@ -1745,7 +2156,7 @@ def move_to_device(args, model, tokenizer, features, validation, plan, device):
 
 def finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer):
     """Writes what a run leaves. results.json comes last: where it is, all is there."""
-    environment = describe_environment(model.device)
+    environment = describe_environment(model.device, state["lives"][-1])
     results = make_results(args, model, features, validation, plan, state, environment)
     timings = make_timings(plan, state, results["train_seconds"])
     save_model(output, model, tokenizer)
@@ -1768,7 +2179,13 @@ def run(args):
         return 0
     configure_libraries(args)
     check_files(args)
-    lock = open_output(output) if output else None  # noqa: F841 held until the end
+    with open_output(output):
+        return run_in(output, args)
+
+
+def run_in(output, args):
+    """The run, where nothing else writes to output."""
+    life = describe_code()
     model_name = "the sample, from random weights" if args.sample else args.model
     where = f"{args.precision} on {args.device_type}, {args.batching}"
     log(f"{HERE.name}: {model_name}, {where}" + (f", to {output}" if output else ""))
@@ -1784,6 +2201,8 @@ def run(args):
         return 0
 
     device = torch.device(args.device_type)
+    if args.cuda_graph:
+        torch.cuda.set_stream(torch.cuda.Stream())
     move_to_device(args, model, tokenizer, features, validation, plan, device)
     span_model = SpanModel(model, args)
     clock = Clock(device)
@@ -1792,18 +2211,33 @@ def run(args):
     if checkpoint:
         restore(checkpoint, model, optimizer, state)
     del checkpoint  # as large as weights and optimizer state together
+    add_life(state, life)
     if stop_requested(output):
         return stopped(output, state)
-    writer = open_writer(output, state)
     save = functools.partial(save_checkpoint, output, model, optimizer, state, settings)
-    evaluate = functools.partial(
-        evaluate_model, args, output, model, validation, plan, state, writer
-    )
-    train(args, output, span_model, optimizer, features, plan, clock, state, writer, save, evaluate)
-    predictions = evaluate() if state["step"] == steps else None
-    if predictions is None:
-        return stopped(output, state)
-    finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer)
+    with open_writer(output, state) as writer:
+        evaluate = functools.partial(
+            evaluate_model, args, output, model, validation, plan, state, writer
+        )
+        train(
+            args,
+            output,
+            span_model,
+            optimizer,
+            features,
+            plan,
+            clock,
+            state,
+            writer,
+            save,
+            evaluate,
+        )
+        predictions = evaluate() if state["step"] == steps else None
+        if predictions is None:
+            return stopped(output, state)
+        finish(
+            args, output, model, tokenizer, features, validation, plan, state, predictions, writer
+        )
     return 0
 
 
@@ -1825,6 +2259,13 @@ def stopped(output, state):
     return STOPPED
 
 
+def keep_signals():
+    """Puts Python's handlers of signals back in their place: Triton's compiler brings LLVM's own,
+    which end the process, or hear nothing."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.getsignal(number))
+
+
 def note_signal(number, frame):
     """Keeps a signal for stop_requested: the training is saved between two steps, never in one."""
     STOP_SIGNALS.append(signal.Signals(number).name)
@@ -1836,8 +2277,9 @@ def explain(error):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, OSError):
         path = error.filename or "a file in --output"
-        return f"{path}: {error.strerror}: fix that, or give another path", 2
-    return f"out of memory: raise --accumulate ({str(error)[:150]})", 1
+        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
+        return f"{path}: {error.strerror or one_line(error)}: {fix}, or give another path", 2
+    return f"out of memory: raise --accumulate ({one_line(error)})", 1
 
 
 def main():
@@ -1847,7 +2289,9 @@ def main():
         exit_code = run(parse_arguments())
     except (Problem, OSError, torch.OutOfMemoryError) as error:
         message, exit_code = explain(error)
-        log(f"error: {message}", file=sys.stderr)
+        line = f"error: {message}"
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            print(line, file=sys.stderr)
     sys.exit(exit_code)
 
 

@@ -178,8 +178,8 @@ def test_a_strategy_splits_what_it_promises(ranks, strategy, world, nodes, shard
 NOTE_WHOLE_WEIGHTS = """
 unpatched_forward = SpanModel.forward
 
-def noting(self, batch, count):
-    loss = unpatched_forward(self, batch, count)
+def noting(self, batch):
+    loss = unpatched_forward(self, batch)
     layer = encoder_layers(self)[0]
     whole = not any(isinstance(parameter, DTensor) for parameter in layer.parameters())
     write_json(Path(self.args.output, f"whole-{RANK}.json"), whole)

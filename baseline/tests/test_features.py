@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,37 @@ def test_real_text_has_the_usual_features(train, squad, minilm, max_length, stri
         assert_usual_features(train, examples, tokenizer, max_length, stride)
 
 
+# Their summary
+
+
+def test_summary_says_what_cannot_be_learnt(train, preparation):
+    """In words and numbers: each kind is there another number of times."""
+    text = "the " * 300
+    spans = [(0, 3)] * 7  # of which nothing is to be said
+    spans += [(0, 159)] * 5  # of 40 tokens
+    spans += [(0, 1199)] * 3  # of 300, which no window holds
+    spans += [(0, 4), (1, 7)]  # with a space that reaches the next token; from within a token
+    examples = [make_example(str(n), "?", text, *span) for n, span in enumerate(spans)]
+    preparation.file.write_text(json.dumps(examples))
+    features, _ = preparation.load("--max-length", 64, "--stride", 8)
+    windows = len(features["start"])
+    without = int((features["start"] == 0).sum())
+    assert preparation.lines[-1] == (
+        f"{preparation.file}: 17 questions, {windows:,} features, {without:,} features without an"
+        " answer, 8 answers over 30 tokens, 3 answers that no window holds, 2 answers that do not"
+        " fall on tokens' edges"
+    )
+
+
+def test_summary_of_all_tokenizers(train, any_tokenizer):
+    """Whole words are on edges, though some tokens begin with the space before the word."""
+    text = "The tower of Hercules is a Roman lighthouse near the year"
+    spans = [match.span() for match in re.finditer(r"\w+", text)]
+    examples = [make_example(str(n), "What?", text, *span) for n, span in enumerate(spans)]
+    summary = build(train, examples, any_tokenizer, 384, 128)["summary"]
+    assert summary.tolist() == [len(spans), len(spans), 0, 0, 0, 0]
+
+
 # The cache
 
 
@@ -199,11 +231,11 @@ def assert_same(one, other):
 def test_the_cache_gives_back_what_was_built(preparation, split):
     built, cached = preparation.load(split=split)
     assert not cached
-    assert len(preparation.lines) == 1
-    assert str(preparation.kept()) in preparation.lines[0], "and nothing half written is left"
+    building, summary = preparation.lines
+    assert str(preparation.kept()) in building, "and nothing half written is left"
     again, cached = preparation.load(split=split)
     assert cached
-    assert preparation.lines == []
+    assert preparation.lines == [summary], "it is kept too"
     assert_same(built, again)
 
 
@@ -286,8 +318,8 @@ def test_a_cache_that_cannot_be_written_costs_a_line(train, preparation, monkeyp
     monkeypatch.setattr(train, "CACHE", tmp_path / "file/cache")
     again, cached = preparation.load()
     assert not cached
-    assert "not kept" in preparation.lines[-1]
-    assert "\n" not in preparation.lines[-1]
+    assert "not kept" in preparation.lines[-2]
+    assert "\n" not in preparation.lines[-2]
     assert_same(built, again)
 
 
@@ -302,11 +334,11 @@ def test_a_read_only_cache_is_read(train, preparation, monkeypatch):
     monkeypatch.setattr(train, "open", read_only_open, raising=False)
     again, cached = preparation.load()
     assert cached
-    assert preparation.lines == []
+    assert len(preparation.lines) == 1
     assert_same(built, again)
     other, cached = preparation.load("--limit", 12)
     assert not cached
-    assert "not kept" in preparation.lines[-1]
+    assert "not kept" in preparation.lines[-2]
     assert len(json.loads(other["examples"].tobytes())) == 12
 
 

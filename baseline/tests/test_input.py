@@ -1,8 +1,10 @@
 """Bad and hostile input: one line that names the file, the field and the fix, and exit code 2."""
 
+import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -11,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from conftest import shared_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import FAMILIES, make_config, make_tokenizer
@@ -29,6 +32,21 @@ def document(context=CONTEXT, **fields):
         **fields,
     }
     return {"data": [{"paragraphs": [{"context": context, "qas": [question]}]}]}
+
+
+# The same, as the datasets library has it.
+RECORD = {
+    "id": "one",
+    "title": "A cluster",
+    "context": CONTEXT,
+    "question": "Where is the cluster?",
+    "answers": {"text": ["Santiago"], "answer_start": [18]},
+}
+
+
+def lines(*records):
+    """The bytes of JSON lines, as the datasets library's to_json writes them."""
+    return "".join(f"{json.dumps(record)}\n" for record in records).encode()
 
 
 def write(path, content):
@@ -80,57 +98,149 @@ def refused(start, tmp_path):
 
 # 1. Question files
 
+NEITHER = "has no question, and no list called data, paragraphs or qas"
+UNLIKE = "is not in the context"
 FILES = {
-    "empty": (b"", "not JSON"),
-    "html": (b"<html>404</html>", "not JSON"),
-    "half": (json.dumps(document()).encode()[:-9], "not JSON"),
-    "latin-1": (json.dumps(document("Coruñ"), ensure_ascii=False).encode("latin-1"), "not JSON"),
+    "empty": (b"", "it is cut short: fetch the file again"),
+    "html": (b"\xef\xbb\xbf\n<html>404</html>", "a web page: fetch the raw file"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "zip": (b"PK\x03\x04\x14\x00", "unzip it"),
+    "csv": (
+        b"id,question,context\n1,2,3\n",
+        "not JSON (Expecting value: line 1 column 1 (char 0)): g",
+    ),
+    "half": (json.dumps(document()).encode()[:-9], "it is cut short: fetch the file again"),
+    "half a text": (b'{"data": [{"paragraphs": [{"cont', "it is cut short: fetch the file again"),
+    "half a character": ('{"data": "東'.encode()[:-1], "it is cut short: fetch the file again"),
+    "trailing comma": (b'{"data": [],}\n', "line 1 column 13 (char 12)): fix it there"),
+    "latin-1": (json.dumps(document("Coruñ"), ensure_ascii=False).encode("latin-1"), "as UTF-8"),
     "binary": (b"\x80\x04\x95\x00\x00", "not JSON"),
     "deep": (b"[" * 100_000 + b"]" * 100_000, "not JSON"),
     "long number": (b'{"data": ' + b"9" * 5000 + b"}", "not JSON"),
-    "number": (17, "not an object with the field data"),
-    "list": ([], "not an object with the field data"),
-    "null": (None, "not an object with the field data"),
-    "no data": ({"version": "1.1"}, "data is not a list"),
-    "data a text": ({"data": "x"}, "data is not a list"),
-    "data empty": ({"data": []}, "no question"),
-    "article a number": ({"data": [1]}, "data[0] is not an object"),
-    "no paragraphs": ({"data": [{}]}, "data[0].paragraphs is not a list"),
-    "paragraphs empty": ({"data": [{"paragraphs": []}]}, "no question"),
-    "no context": ({"data": [{"paragraphs": [{"qas": []}]}]}, "paragraphs[0].context is not"),
-    "no qas": ({"data": [{"paragraphs": [{"context": "x"}]}]}, "paragraphs[0].qas is not"),
-    "qas empty": ({"data": [{"paragraphs": [{"context": "x", "qas": []}]}]}, "no question"),
-    "context empty": (document(""), "context is empty"),
-    "context blank": (document(" \n\t"), "context is empty"),
-    "context of no word": (document("\0\0", answers=[{"text": "\0", "answer_start": 0}]), "word"),
-    "context a number": (document(5), "context is not a text"),
-    "no id": (document(id=None), "qas[0].id is not a text"),
-    "id a number": (document(id=7), "qas[0].id is not a text"),
-    "question a list": (document(question=["x"]), "qas[0].question is not a text"),
-    "no answers": (document(answers=[]), "SQuAD v2"),
+    "gzip of nothing": (gzip.compress(b""), "it is cut short: fetch the file again"),
+    "gzip of html": (gzip.compress(b"<html>"), "a web page: fetch the raw file"),
+    "half a gzip": (gzip.compress(b'{"data": []}')[:-9], "a damaged gzip (Comp"),
+    "gzip's head": (b"\x1f\x8b", "a damaged gzip ("),
+    "no gzip": (b"\x1f\x8b" + b"x" * 30, "a damaged gzip (Unknown compression method): fetch"),
+    "other gzip": (gzip.compress(bytes(99))[:10] + b"\xff" * 30, "a damaged gzip (Error"),
+    "number": (17, "1 of 1 questions are wrong, the first at the top: it is a whole number"),
+    "list": ([], "no question in it"),
+    "null": (None, "the top: it is missing: give an object"),
+    "no data": ({"version": "1.1"}, f"the top: it {NEITHER}: give one"),
+    "data a text": ({"data": "x"}, f"the top: it {NEITHER}"),
+    "data empty": ({"data": []}, "no question in it"),
+    "article a number": ({"data": [1]}, "data[0]: it is a whole number: give an object"),
+    "no paragraphs": ({"data": [{}]}, f"data[0]: it {NEITHER}"),
+    "paragraphs empty": ({"data": [{"paragraphs": []}]}, "no question in it"),
+    "no context": ({"data": [{"paragraphs": [{"qas": []}]}]}, "paragraphs[0]: context is empty"),
+    "no qas": ({"data": [{"paragraphs": [{"context": "x"}]}]}, f"paragraphs[0]: it {NEITHER}"),
+    "qas null": ({"data": [{"paragraphs": [{"qas": None}]}]}, f"paragraphs[0]: it {NEITHER}"),
+    "qas empty": ({"data": [{"paragraphs": [{"context": "x", "qas": []}]}]}, "no question in it"),
+    "context empty": (document(""), "qas[0]: context is empty: remove it"),
+    "context blank": (document(" \n\t"), "qas[0]: context is empty: remove it"),
+    "context of no word": (
+        document("\0\0", answers=[{"text": "\0", "answer_start": 0}]),
+        "1 of 1 questions have no word in their context, the first is 'one': remove",
+    ),
+    "context a number": (document(5), "context is a whole number: give a text"),
+    "no id": (document(id=None), "qas[0]: id is missing: give a text"),
+    "id true": (document(id=True), "qas[0]: id is true or false: give a text"),
+    "id a fraction": (document(id=7.0), "qas[0]: id is a decimal number: give a text"),
+    "question a list": (document(question=["x"]), "qas[0]: question is a list: give a text"),
+    "question null": (document(question=None), "qas[0]: question is missing: give a text"),
+    "no answers": (document(answers=[]), "it has no answer: this is SQuAD v2"),
+    "no answers, as datasets": (document(answers={"text": [], "answer_start": []}), "SQuAD v2"),
     "impossible": (document(is_impossible=True), "SQuAD v2"),
-    "answers null": (document(answers=None), "qas[0].answers is not a list"),
-    "answers of datasets": (document(answers={"text": ["x"]}), "qas[0].answers is not a list"),
-    "answer a text": (document(answers=["Santiago"]), "answers[0] is not an object"),
-    "answer empty": (document(answers=[{"text": "", "answer_start": 0}]), "does not lead to"),
-    "start missing": (document(answers=[{"text": "The"}]), "answer_start is not a whole number"),
-    "start a text": (document(answers=[{"text": "The", "answer_start": "0"}]), "a whole number"),
-    "start a fraction": (document(answers=[{"text": "The", "answer_start": 0.0}]), "whole number"),
-    "start true": (document(answers=[{"text": "he", "answer_start": True}]), "a whole number"),
-    "start NaN": (json.dumps(document()).replace(": 18", ": NaN").encode(), "a whole number"),
-    "start wrong": (document(answers=[{"text": "Santiago", "answer_start": 17}]), "does not lead"),
-    "start negative": (document(answers=[{"text": ".", "answer_start": -1}]), "does not lead to"),
-    "start far": (document(answers=[{"text": ".", "answer_start": 10**30}]), "does not lead to"),
+    "impossible, a text": (document(is_impossible="True"), "SQuAD v2"),
+    "impossible, a number": (document(is_impossible=1), "SQuAD v2"),
+    "answers null": (document(answers=None), "SQuAD v2"),
+    "answers a text": (document(answers="Santiago"), "answers is a text: give a list"),
+    "answers without starts": (
+        document(answers={"text": ["x"]}),
+        "answers.answer_start is missing",
+    ),
+    "answers of one text": (document(answers={"text": "x"}), "answers.text is a text: give a list"),
+    "answers of unequal lists": (
+        document(answers={"text": ["The", "cluster"], "answer_start": [0]}),
+        "answers has 2 in text and 1 in answer_start: give each text its start",
+    ),
+    "answer a text": (
+        document(answers=["Santiago"]),
+        "answers[0] is a text: give an object of text and answer_start",
+    ),
+    "answer empty": (
+        document(answers=[{"text": "", "answer_start": 0}]),
+        "answers[0].text is empty: remove this answer",
+    ),
+    "start missing": (document(answers=[{"text": "The"}]), "answer_start is missing: give a whole"),
+    "start a text": (
+        document(answers=[{"text": "The", "answer_start": "0"}]),
+        "answer_start is a text: give a whole number",
+    ),
+    "start a fraction": (
+        document(answers=[{"text": "The", "answer_start": 0.0}]),
+        "answer_start is a decimal number: give a whole number",
+    ),
+    "start true": (
+        document(answers=[{"text": "he", "answer_start": True}]),
+        "answer_start is true or false: give a whole number",
+    ),
+    "start NaN": (json.dumps(document()).replace(": 18", ": NaN").encode(), "a decimal number: "),
+    "start wrong": (
+        document(answers=[{"text": "Santiago", "answer_start": 17}]),
+        "answers[0].answer_start is 17, but the text is at 18: count",
+    ),
+    "start negative": (
+        document(answers=[{"text": ".", "answer_start": -1}]),
+        "answer_start is -1, but the text is at 55: count",
+    ),
+    "start far": (
+        document(answers=[{"text": " is ", "answer_start": 10**30}]),
+        "but the text is at 40: count",
+    ),
+    "start in bytes": (
+        document("La Coruña: ñandú", answers=[{"text": "ñandú", "answer_start": 12}]),
+        "answer_start is 12, but the text is at 11: count the context's characters, from 0",
+    ),
+    "answer in other case": (document(answers=[{"text": "the", "answer_start": 0}]), UNLIKE),
+    "answer in other form": (
+        document("Coruña", answers=[{"text": "Corun\u0303a", "answer_start": 0}]),
+        f"{UNLIKE}: copy it from there: case, spaces and Unicode form (NFC, NFD) count",
+    ),
     "second answer wrong": (
         document(
             answers=[{"text": "Santiago", "answer_start": 18}, {"text": "x", "answer_start": 0}]
         ),
-        "answers[1].answer_start does not lead to",
+        f"answers[1].text 'x' {UNLIKE}",
     ),
     "surrogate in context": (document(CONTEXT + "\ud800"), "context holds half a character"),
     "surrogate in question": (document(question="\udfff?"), "question holds half a character"),
     "surrogate in id": (document(id="\ud83d"), "id holds half a character"),
-    "id twice": ({"data": document()["data"] * 2}, "data[1].paragraphs[0].qas[0].id 'one' is"),
+    "surrogate in answer": (
+        document(answers=[{"text": "\ud83d", "answer_start": 0}]),
+        "answers[0].text holds half a character",
+    ),
+    "id twice": (
+        {"data": document()["data"] * 3},
+        "2 of 3 questions are wrong, the first at data[1].paragraphs[0].qas[0]: id 'one' is there",
+    ),
+    "id twice, as number and text": ([RECORD | {"id": "7"}, RECORD | {"id": 7}], "[1]: id '7' is"),
+    "no answers in a record": ([{"id": "1", "context": "x", "question": "?"}], "as in a test set"),
+    "lines, some of them wrong": (
+        lines(RECORD, {**RECORD, "id": None}, {**RECORD, "id": 2}, {"header": "x"}),
+        "2 of 4 questions are wrong, the first at line 2: id is missing",
+    ),
+    "lines, one of them broken": (
+        lines(RECORD) + b'{"id": }\n' + lines({**RECORD, "id": 2}),
+        "1 of 3 questions are wrong, the first at line 2: not JSON (Expecting value: column 8 (char"
+        " 7)): fix it there",
+    ),
+    "lines, cut short": (
+        lines(RECORD, {**RECORD, "id": 2})[:-20],
+        "1 of 2 questions are wrong, the first at line 2: not JSON (",
+    ),
+    "two documents over lines": (b"{\n}\n{\n}", "not JSON (Extra data: line 3"),
+    "columns": ({name: [value] for name, value in RECORD.items()}, "the top: id is a list"),
 }
 
 
@@ -157,7 +267,7 @@ def test_question_file_is_refused_in_one_line(name, train, build, tmp_path):
     line = str(caught.value)
     assert line.startswith(f"{path}: ") and says in line
     # The place, what is wrong, and what to do.
-    assert line.count(": ") >= 2 or "SQuAD v2" in line or "twice" in line or "no word" in line
+    assert line.count(": ") >= 2
     assert caught.value.exit_code == 2
 
 
@@ -171,10 +281,174 @@ def test_command_refuses_a_question_file(name, refused, tiny_model, good_file, t
         refused(*words, *files, says=[bad_file, says])
 
 
-@pytest.mark.parametrize("path", ["missing.json", ".", "missing/folder/q.json"])
-def test_question_file_that_is_not_there(path, refused, tiny_model, tmp_path):
-    words = ("--model", tiny_model, *SHORT, *both_files(tmp_path / path))
-    refused(*words, says=["--train-file", tmp_path / path])
+OTHER = RECORD | {"id": 2, "question": "Its name?", "answers": {"text": [], "answer_start": []}}
+OTHER["answers"] = {"text": ["FinisTerrae", "name"], "answer_start": [44, 36]}
+EXAMPLES = [
+    {name: value for name, value in RECORD.items() if name != "title"},
+    {name: value for name, value in OTHER.items() if name != "title"} | {"id": "2"},
+]
+# One after the other: RECORD, then OTHER.
+READ = {
+    "a list": json.dumps([RECORD, OTHER]).encode(),
+    "a list over lines": json.dumps([RECORD, OTHER], indent=1).encode(),
+    "a list below data": json.dumps({"version": "1", "data": [RECORD, OTHER]}).encode(),
+    "lines": lines(RECORD, OTHER),
+    "lines without the last end": lines(RECORD, OTHER).rstrip(),
+    "lines of Windows, some empty": lines(RECORD, OTHER).replace(b"\n", b"\r\n\r\n"),
+    "lines with a byte order mark": b"\xef\xbb\xbf" + lines(RECORD, OTHER),
+    "lines in UTF-16": lines(RECORD, OTHER).decode().encode("utf-16"),
+    "lines in gzip": gzip.compress(lines(RECORD, OTHER)),
+    "lines in two gzips": gzip.compress(lines(RECORD)) + gzip.compress(lines(OTHER)),
+    "a list in gzip": gzip.compress(json.dumps([RECORD, OTHER]).encode()),
+    "a document and a record on a line each": lines(document(), OTHER),
+    "a document in gzip and UTF-16": gzip.compress(
+        json.dumps({"data": [*document()["data"], OTHER]}).encode("utf-16")
+    ),
+    "paragraphs": json.dumps([*document()["data"][0]["paragraphs"], OTHER]).encode(),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_question_file_is_read(name, train, tmp_path):
+    """In whichever of its shapes, and whatever it is called."""
+    path = write(tmp_path / "questions.csv", READ[name])
+    assert train.read_squad(path) == EXAMPLES
+    assert train.read_squad(path, 1) == EXAMPLES[:1]
+
+
+def test_one_record_is_read(train, tmp_path):
+    path = write(tmp_path / "q.jsonl", lines(RECORD))
+    assert train.read_squad(path) == EXAMPLES[:1]
+
+
+@pytest.mark.parametrize("impossible", [None, False, 0, "false", "False", "0", ""])
+def test_question_that_says_it_is_not_impossible(impossible, train, tmp_path):
+    path = write(tmp_path / "q.json", document(is_impossible=impossible))
+    assert train.read_squad(path) == EXAMPLES[:1]
+
+
+def test_what_looks_like_the_end_of_a_line_is_not_one(train, tmp_path):
+    """Unescaped in JSON, as ensure_ascii=False and JavaScript write it."""
+    context = f"\u2028{CONTEXT[1:]}\x85\u2029"
+    text = json.dumps({**RECORD, "context": context}, ensure_ascii=False)
+    path = write(tmp_path / "q.jsonl", f"{text}\n{json.dumps(OTHER)}\n".encode())
+    assert [example["context"] for example in train.read_squad(path)] == [context, CONTEXT]
+
+
+def test_wrong_questions_are_counted(train, tmp_path):
+    content = document()
+    [paragraph] = content["data"][0]["paragraphs"]
+    [question] = paragraph["qas"]
+    questions = [{**question, "id": number} for number in range(40)]
+    questions[5] = {**question, "id": 5, "answers": [{"text": "Santiago", "answer_start": 19}]}
+    questions[6] = 17
+    questions[39] = {**question, "id": "0"}
+    content["data"].insert(0, {"paragraphs": [{**paragraph, "qas": questions}]})
+    with pytest.raises(train.Problem) as caught:
+        train.read_squad(write(tmp_path / "q.json", content))
+    says = "q.json: 3 of 41 questions are wrong, the first at data[0].paragraphs[0].qas[5]: answers"
+    assert says in str(caught.value)
+
+
+# What each of these files of ../shared/cases/data is to say.
+FIRST = "questions are wrong, the first at data[0].paragraphs[0]"
+CASES_REFUSED = {
+    "plain.jsonl": "4 of 8 questions are wrong, the first at line 2.data[0].paragraphs[0].qas",
+    "truncated.json": "cut short: fetch the file again",
+    "html-error.json": "fetch the raw file",
+    "lfs-pointer.json": "git lfs pull",
+    "empty.json": "fetch the file again",
+    "trailing-comma.json": "char 732)): fix it there",
+    "no-ids.json": f"4 of 4 {FIRST}.qas[0]: id is",
+    "same-ids.json": "the first at data[1].paragraphs[0].qas[0]: id 'a1' is there twice",
+    "off-by-one.json": f"1 of 4 {FIRST}.qas[0]:"
+    " answers[0].answer_start is 29, but the text is at 28",
+    "start-minus1.json": "answer_start is -1, but the text is at 28",
+    "byte-starts.json": f"2 of 4 {FIRST}.qas[0]:"
+    " answers[0].answer_start is 29, but the text is at 28: count the context's characters",
+    "crlf-starts-of-lf.json": "answer_start is 34, but the text is at 35",
+    "nfd-context-nfc-answer.json": "Unicode form",
+    "string-starts.json": f"4 of 4 {FIRST}.qas[0]:"
+    " answers[0].answer_start is a text: give a whole number",
+    "float-starts.json": f"4 of 4 {FIRST}.qas[0]:"
+    " answers[0].answer_start is a decimal number: give a whole number",
+    "one-empty-answer.json": "answers[1].text is empty: remove this answer",
+    "answers-strings.json": f"4 of 4 {FIRST}.qas[0]:"
+    " answers[0] is a text: give an object of text and answer_start",
+    "null-answers.json": f"1 of 4 {FIRST}.qas[0]: it has no answer: this is SQuAD v2",
+    "null-question.json": "question is missing: give a text",
+    "no-qas-key.json": f"1 of 3 {FIRST}: it has no",
+    "long-question.json": "1 of 1 questions do not fit, the first is 'q1' (401 tokens, context 24):"
+    " raise --max-length or shorten it",
+    "v2.json": f"1 of 4 {FIRST}.qas[1]: it has no answer: this is SQuAD v2",
+    "test-set-without-answers.json": f"1 of 4 {FIRST}.qas[0]: it has no answers, as in a test set",
+    "empty-context-no-qas.json": f"1 of 3 {FIRST}: context is empty: remove the paragraph",
+}
+# What the summary of the others counts: questions, features, features without an answer, answers
+# over 30 tokens, answers that no window holds, answers that do not fall on tokens' edges.
+CASES_READ = {
+    "answer-only-space.json": [1, 1, 0, 0, 0, 1],
+    "answer-over-window.json": [3, 9, 7, 1, 1, 1],
+    "answer-spaces.json": [3, 3, 1, 0, 1, 3],
+    "chinese.json": [2, 2, 0, 0, 0, 0],
+    "control.json": [2, 2, 0, 0, 0, 0],
+    "crlf-context.json": [2, 2, 0, 0, 0, 0],
+    "duplicate-contexts.json": [3, 3, 0, 0, 0, 0],
+    "emoji.json": [2, 2, 0, 0, 0, 0],
+    "empty-question.json": [2, 2, 0, 0, 0, 0],
+    "galician.json": [2, 2, 0, 0, 0, 0],
+    "hindi.json": [2, 2, 0, 0, 0, 0],
+    "invisible.json": [4, 4, 0, 0, 0, 2],
+    "korean.json": [1, 1, 0, 0, 0, 0],
+    "long-answer.json": [1, 1, 0, 1, 0, 1],
+    "long-question-250.json": [1, 32, 24, 0, 0, 0],
+    "long-word.json": [2, 2, 0, 0, 0, 1],
+    "nfd.json": [2, 2, 0, 0, 0, 0],
+    "no-qas.json": [2, 2, 0, 0, 0, 0],
+    "one-token.json": [2, 2, 0, 0, 0, 0],
+    "special-tokens.json": [2, 2, 0, 0, 0, 0],
+    "thai.json": [1, 1, 0, 0, 0, 1],
+    "turkish.json": [2, 2, 0, 0, 0, 0],
+}
+# All the others are plain.json's questions in another shape.
+
+
+def test_cases_of_question_files(train, minilm):
+    folder = shared_folder("cases/data")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    args = train.parse_arguments(["--sample", "--device", "cpu"])
+    plain = train.read_squad(folder / "plain.json")
+    assert len(plain) == 4
+    for path in sorted(folder.iterdir()):
+        if path.name in CASES_REFUSED:
+            with pytest.raises(train.Problem) as caught:
+                train.build_features(train.read_squad(path), tokenizer, args, path)
+            assert str(caught.value).startswith(f"{path}: ")
+            assert CASES_REFUSED[path.name] in str(caught.value)
+            continue
+        examples = train.read_squad(path)
+        if path.name not in CASES_READ:
+            assert examples == plain, path.name
+            continue
+        features = train.build_features(examples, tokenizer, args, path)
+        assert features["summary"].tolist() == CASES_READ[path.name], path.name
+
+
+@pytest.mark.parametrize("path", ["missing.json", ".", "missing/folder/q.json", "pipe"])
+def test_question_file_that_is_not_there(path, refused, tiny_model, good_file, tmp_path):
+    """A pipe can be read only once, and a run reads twice: it is refused before it is opened."""
+    os.mkfifo(tmp_path / "pipe")
+    fix = {"pipe": "write it to a file", ".": "this is a folder"}.get(path, "there is no such file")
+    words = ("--model", tiny_model, *SHORT)
+    refused(*words, *both_files(tmp_path / path), says=["--train-file", tmp_path / path, fix])
+    words += ("--train-file", good_file, "--validation-file", tmp_path / path)
+    refused(*words, says=["--validation-file", tmp_path / path, fix])
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_question_file_of_somebody_else(refused, tiny_model, good_file):
+    good_file.chmod(0)
+    refused("--model", tiny_model, *SHORT, *both_files(good_file), says=[good_file, "ermission"])
 
 
 # 2. Options
@@ -242,6 +516,7 @@ def test_command_refuses_options(words, says, refused):
 def test_gpu_that_is_not_there(refused):
     refused("--sample", "--device", "cuda", says=["--device cuda", "GPU"])
     refused("--sample", "--precision", "tf32", says=["--precision tf32", "GPU"])
+    refused("--sample", "--cuda-graph", says=["--cuda-graph", "GPU"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -301,6 +576,190 @@ def test_weights_in_a_bin_file(start, copied_model, good_file, tmp_path):
     assert losses[0] == losses[1]
 
 
+def rename(old, new):
+    """A change of a model's weights: old, at the beginning of a name, is new."""
+    return lambda weights: {re.sub(f"^{old}", new, name): one for name, one in weights.items()}
+
+
+def put_nan(weights):
+    weights["bert.encoder.layer.1.output.dense.weight"][3, 3] = float("nan")
+    return weights
+
+
+def take_away(words):
+    return lambda weights: {name: one for name, one in weights.items() if words not in name}
+
+
+def widen_head(weights):
+    return {**weights, "qa_outputs.weight": torch.zeros(3, 16), "qa_outputs.bias": torch.zeros(3)}
+
+
+# What is wrong with a model's folder: changes of its config.json, of its weights, what is said.
+MODELS = {
+    "more layers": (
+        {"num_hidden_layers": 4},
+        None,
+        ["32 of its weights", "bert.encoder.layer.2", "asks for 4", "has 2", "num_hidden_layers"],
+    ),
+    "module": ({}, rename("", "module."), ["37 of its weights", "'module.'", "a wrapper's"]),
+    "compiled": ({}, rename("", "_orig_mod."), ["'_orig_mod.'", "a wrapper's"]),
+    "module without head": ({}, rename("bert", "module"), ["'module.'", "a wrapper's"]),
+    "RoBERTa's": ({}, rename("bert", "roberta"), ["a roberta's", "config.json"]),
+    "another's": ({}, rename("bert", "x.y.z"), ["37", "save"]),
+    "half": ({}, take_away("layer.0"), ["16 of its weights", "layer.0", "not complete"]),
+    "other names": ({}, lambda weights: {"x": torch.zeros(3)}, ["another architecture", "with x"]),
+    "wider": ({"hidden_size": 64}, None, ["36 of its weights", "[16]", "[64]", "config.json"]),
+    "more words": (
+        {"vocab_size": 119547},
+        None,
+        ["1 of its weights", "word_embeddings.weight has the shape [", "[119547, 16]"],
+    ),
+    "three labels": ({}, widen_head, ["qa_outputs.bias", "[3]", "[2]", "two labels"]),
+    "not finite": ({}, put_nan, ["1 of its weights are not finite", "layer.1.output.dense.weight"]),
+    "relative positions": (
+        {"position_embedding_type": "relative_key"},
+        None,
+        ["position_embedding_type relative_key", "absolute"],
+    ),
+    "odd activation": ({"hidden_act": "frobnicate"}, None, ["frobnicate"]),
+}
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = change(safetensors.torch.load_file(path))
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    write(path, {**json.loads(path.read_text()), **changes})
+
+
+def load(train, folder, *words):
+    """The model as a run has it."""
+    args = train.parse_arguments(["--model", str(folder), *words, "--device", "cpu"])
+    return train.load_model(args, train.load_tokenizer(args)[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_refused_in_one_line(name, train, copied_model):
+    """It would be trained from random weights, or not as its author meant."""
+    changes, change, says = MODELS[name]
+    change_config(copied_model, **changes)
+    if change:
+        change_weights(copied_model, change)
+    with pytest.raises(train.Problem) as caught:
+        load(train, copied_model)
+    line, code = train.explain(caught.value)
+    assert code == 2 and line.startswith(f"--model {copied_model}: ") and len(line) < 620
+    for part in says:
+        assert part in line, line
+    # One fix.
+    assert " or " not in line.replace("or none", "")
+
+
+def test_folders_that_are_no_model(refused, tiny_model, copied_model, good_file, tmp_path):
+    words = (*both_files(good_file), *SHORT)
+    shutil.copytree(tiny_model, tmp_path / "run/model")
+    line = refused("--model", tmp_path / "run", *words, says=[f"give {tmp_path}/run/model"])
+    assert "tokenizer" not in line
+    (tmp_path / "going").mkdir()
+    (tmp_path / "going/checkpoint.pt").touch()
+    refused("--model", tmp_path / "going", *words, says=["has not finished"])
+    refused("--model", tmp_path / "run/modle", *words, says=["there is no such folder"])
+    refused("--model", tiny_model / "model.safetensors", *words, says=["is a file", "folder"])
+    adapter = {"base_model_name_or_path": "x", "peft_type": "LORA"}
+    write(copied_model / "adapter_config.json", adapter)
+    refused("--model", copied_model, *words, says=["PEFT", "merge"])
+    # And where there is nothing but the adapter.
+    (copied_model / "config.json").unlink()
+    (copied_model / "model.safetensors").unlink()
+    refused("--model", copied_model, *words, says=["PEFT", "merge"])
+
+
+def test_model_of_another_task(start, train, tiny_model, good_file, tmp_path):
+    """What its config.json sets for that task changes nothing; it gets a new head; both are said."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    config = transformers.AutoConfig.from_pretrained(tiny_model)
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config)
+    losses = {}
+    for name in ("classifier", "encoder"):
+        folder = tmp_path / name
+        (model if name == "classifier" else model.bert).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if name == "classifier":
+            odd = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+            odd |= {"is_decoder": True, "add_cross_attention": True, "chunk_size_feed_forward": 3}
+            change_config(folder, **odd)
+        else:
+            change_config(folder, id2label={"0": "A", "1": "B"}, label2id={"A": 0, "B": 1})
+        words = (*both_files(good_file), *SHORT, "--log-every", 1, "--dropout", 0)
+        output = tmp_path / f"{name}-run"
+        text = start("--model", folder, *words, "--output", output).end()
+        assert "head for answers is new, with random weights" in text
+        assert "weights of the model's file are not used: " in text and "pooler.dense" in text
+        if name == "classifier":
+            assert "classifier.weight" in text
+            assert "config is changed: num_labels 2 (was 3), output_attentions False" in text
+            assert "is_decoder False (was True)" in text
+        else:
+            assert "config is changed" not in text
+        timings = json.loads((output / "timings.json").read_text())
+        losses[name] = [interval["loss"] for interval in timings["intervals"]]
+        saved = transformers.AutoModelForQuestionAnswering.from_pretrained(output / "model")
+        assert saved.config.num_labels == 2 and not saved.config.output_attentions
+    assert losses["classifier"] == losses["encoder"]
+
+
+@pytest.mark.parametrize("kind", ["whole", "half", "sharded", "old names", "with more"])
+def test_every_weight_is_the_files(kind, train, copied_model, monkeypatch):
+    """However it is saved: in half precision, in shards, with the names of 2018."""
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(copied_model)
+    if kind == "half":
+        model.half().save_pretrained(copied_model)
+    if kind == "sharded":
+        (copied_model / "model.safetensors").unlink()
+        model.save_pretrained(copied_model, max_shard_size="20KB")
+    if kind == "old names":
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+        def rename_old(weights):
+            for new, name in old.items():
+                weights = {one.replace(new, name): tensor for one, tensor in weights.items()}
+            return weights
+
+        change_weights(copied_model, rename_old)
+    if kind == "with more":
+        change_config(copied_model, num_hidden_layers=1)
+    said = []
+    monkeypatch.setattr(train, "log", said.append)
+    loaded = load(train, copied_model).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in loaded or kind != "with more":
+            assert torch.equal(loaded[name], tensor.float()), name
+    unused = ["16 weights of the model's file are not used: bert.encoder.layer.1"]
+    assert said == (unused if kind == "with more" else [])
+
+
+def test_dropout_that_the_model_does_not_have(train, copied_model, monkeypatch):
+    monkeypatch.setattr(train, "DROPOUT_NAMES", ("other_dropout",))
+    with pytest.raises(train.Problem, match="--dropout: a bert has no other_dropout"):
+        load(train, copied_model, "--dropout", "0.1")
+    load(train, copied_model)
+
+
+def test_library_says_all_that_it_has_to_say(train):
+    path = "/store/" + "x" * 250
+    text = f"It looks like the config file at\n '{path}/config.json' is not a valid JSON file."
+    assert path in train.one_line(OSError(text))
+    assert not train.one_line(OSError(text)).endswith(".")
+    assert len(train.one_line(OSError("word " * 1000))) <= 500
+    assert "'frobnicate'" in train.one_line(KeyError("frobnicate"))
+
+
 def test_model_that_is_not_there(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("--model", tmp_path / "empty", says=["--model", "tokenizer.json"])
@@ -352,7 +811,7 @@ def test_length_beyond_the_model(refused, tiny_model):
     refused("--model", tiny_model, "--max-length", 513, says=["--max-length", "512"])
 
 
-def test_offline_node_with_an_empty_cache(refused, tiny_model, tmp_path):
+def test_offline_node_with_an_empty_cache(refused, tiny_model, good_file, tmp_path):
     # The libraries read the variables when they are imported.
     patch = "import huggingface_hub.constants as hub\n"
     patch += f"hub.HF_HUB_OFFLINE, hub.HF_HUB_CACHE = True, {str(tmp_path)!r}\n"
@@ -363,8 +822,10 @@ def test_offline_node_with_an_empty_cache(refused, tiny_model, tmp_path):
     refused(*words, says=["nowhere.json"], patch=patch)
     patch += "import datasets.config\ndatasets.config.HF_HUB_OFFLINE = True\n"
     patch += f"datasets.config.HF_DATASETS_CACHE = {str(tmp_path)!r}\n"
-    says = ["rajpurkar/squad", "prepare.sh", "--train-file"]
+    says = ["rajpurkar/squad train", "prepare.sh", "--train-file"]
     refused("--model", tiny_model, says=says, patch=patch)
+    says = ["rajpurkar/squad validation", "prepare.sh", "give --validation-file"]
+    refused("--model", tiny_model, "--train-file", good_file, says=says, patch=patch)
 
 
 # 4. Outputs

@@ -605,7 +605,7 @@ def test_the_ladder_changes_one_thing_a_rung(project):
     answer = project.script("baseline/ladder.sbatch", "--model", "a b", **project.gpus(1))
     assert answer.returncode == 0, answer.error
     rungs = words(answer.output)
-    wanted = "1-fp32 2-tf32 3-bf16 4-fused 5-dynamic 6-bucketed 7-packed 8-compiled"
+    wanted = "1-fp32 2-tf32 3-bf16 4-fused 5-dynamic 6-bucketed 7-packed 8-compiled 9-graphed"
     assert [Path(rung[-1]).name for rung in rungs] == wanted.split()
     assert all("a b" in rung and "--no-profile" in rung for rung in rungs)
     for one, two in itertools.pairwise(rungs):
