@@ -247,12 +247,17 @@ static std::unordered_map<long, bool>& captured() {
     return *m;
 }  // streams that joined
 static long id(cudaStream_t s) { return (long)s; }
-#define REFUSE(what)                                             \
-    if (capturing >= 0) {                                        \
-        put("REFUSED", capturing, what);                         \
-        fprintf(stderr, "fakecuda: %s while capturing\n", what); \
-        return cudaErrorStreamCaptureUnsupported;                \
-    }
+// A thread that has relaxed its mode may do what is refused else, on streams that are not captured.
+static thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+static bool refused(const char* what, cudaStream_t s = nullptr) {
+    if (capturing < 0) return false;
+    if (mode == cudaStreamCaptureModeRelaxed && !captured().count(id(s))) return false;
+    put("REFUSED", capturing, "%s", what);
+    fprintf(stderr, "fakecuda: %s while capturing\n", what);
+    return true;
+}
+#define REFUSE(...) \
+    if (refused(__VA_ARGS__)) return cudaErrorStreamCaptureUnsupported;
 API cudaError_t cudaStreamCreate(cudaStream_t* s) {
     *s = (cudaStream_t)(0x1000 + next_stream++);
     return cudaSuccess;
@@ -267,15 +272,12 @@ API cudaError_t cudaStreamGetPriority(cudaStream_t, int* p) {
     return cudaSuccess;
 }
 API cudaError_t cudaStreamQuery(cudaStream_t s) {
-    REFUSE("cudaStreamQuery");
+    REFUSE("cudaStreamQuery", s);
     return cudaSuccess;
 }
-static thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 API cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     put("SYNC", id(s), "cudaStreamSynchronize");
-    // In the relaxed mode a thread may wait for a stream that is not being captured.
-    if (capture_mode != cudaStreamCaptureModeRelaxed || captured().count(id(s)))
-        REFUSE("cudaStreamSynchronize");
+    REFUSE("cudaStreamSynchronize", s);
     return cudaSuccess;
 }
 API cudaError_t cudaDeviceSynchronize() {
@@ -319,8 +321,8 @@ API cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t s, cudaStreamCaptureSta
     if (k) *k = 0;
     return cudaSuccess;
 }
-API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-    std::swap(capture_mode, *mode);
+API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* m) {
+    std::swap(*m, mode);
     return cudaSuccess;
 }
 API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* x, cudaGraph_t, unsigned long long) {

@@ -59,11 +59,11 @@ def record():
         yield rows
     finally:
         fake.fakecuda_record(0)
-    with tempfile.NamedTemporaryFile("r") as file:
-        fake.fakecuda_dump(file.name.encode())
-        for line in file:
-            seconds, kind, stream, text = line.rstrip("\n").split("\t")
-            rows.append(Row(float(seconds), kind, int(stream), text))
+        with tempfile.NamedTemporaryFile("r") as file:
+            fake.fakecuda_dump(file.name.encode())
+            for line in file:
+                seconds, kind, stream, text = line.rstrip("\n").split("\t")
+                rows.append(Row(float(seconds), kind, int(stream), text))
 
 
 def note(text):

@@ -69,9 +69,27 @@ def contents(folder):
 def test_shellcheck_is_quiet():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    command = ["shellcheck", "-x", "-P", ROOT, *SHELL]
+    names = ("run", "slurm-cluster", "fake-gpu/run", "fake-gpu/nvidia-smi")
+    command = ["shellcheck", "-x", "-P", ROOT, *SHELL, *(ROOT / ".ci" / name for name in names)]
     answer = subprocess.run(command, check=False, capture_output=True, text=True)
     assert answer.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ([], "give -- and a command"),
+        (["--gpu", "t4", "--", "true"], "--gpu: give a100 or h100"),
+        (["--rank", "1", "--", "true"], "--rank is none of its options"),
+        (["--", "true"], "not built for CUDA"),
+    ],
+)
+def test_fake_gpu_says_in_one_line_what_is_wrong(venv, words, line):
+    environment = {**os.environ, "PATH": f"{venv}/bin:{os.environ['PATH']}"}
+    command = [ROOT / ".ci/fake-gpu/run", *words]
+    answer = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 2 and line in answer.stderr
+    assert answer.stderr.count("\n") == 1
 
 
 # The environment that env.sh makes

@@ -33,6 +33,7 @@ CHANGES = dict(CHANGE.findall(PAGES["baseline/README.md"]))
 OTHERS_OPTIONS = {"--gres", "--gpus", "--mem", "--wrap", "--hint", "--kill-on-bad-exit"}
 OTHERS_OPTIONS |= {"--logdir", "--format", "--grep", "--fixed-strings", "--detach", "--force"}
 OTHERS_OPTIONS |= {"--directory", "--help", "--time", "--signal", "--array"}
+OTHERS_OPTIONS |= {"--gpu", "--count"}  # of .ci/fake-gpu/run
 # The other half of an option that can be switched off.
 SWITCHED_OFF = {"--no-compile", "--no-profile"}
 SBATCH_OPTIONS = {"-N", "-A", "-p", "-t", "-c", "--gres", "--array"}
