@@ -202,7 +202,9 @@ def test_counts_are_those_committed(train):
 # 2. Whole runs
 
 
-@pytest.mark.parametrize("ways", [["--no-compile"], ["--compile"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "ways", [["--no-compile"], ["--compile"], ["--no-compile", "--cuda-graph"]], ids=" ".join
+)
 def test_a_run_leaves_results_that_no_table_takes(start, tmp_path, ways):
     output = tmp_path / "run"
     words = ["--sample", "--max-steps", 12, *ways, "--output", output]
@@ -213,10 +215,13 @@ def test_a_run_leaves_results_that_no_table_takes(start, tmp_path, ways):
     assert "FAKE NVIDIA" in refusal(output)
 
 
-def test_a_run_that_was_stopped_goes_on(start, tmp_path):
+@pytest.mark.parametrize("compiling", ["--no-compile", "--compile"])
+def test_a_run_that_was_stopped_goes_on(start, tmp_path, compiling):
+    # Empty caches: Triton's compiler takes the signals over, where it has something to do.
+    caches = {name: str(tmp_path) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     output = tmp_path / "run"
-    words = ["--sample", "--max-steps", 12, "--no-compile", "--log-every", 1, "--output", output]
-    start(*words, patch=in_step(5, send("SIGUSR1")), **ZEROS).end(75)
+    words = ["--sample", "--max-steps", 12, compiling, "--log-every", 1, "--output", output]
+    start(*words, patch=in_step(5, send("SIGUSR1")), **ZEROS, **caches).end(75)
     assert "going on from step 5" in start(*words, **ZEROS).end()
     results = json.loads((output / "results.json").read_text())
     assert results["steps"] == 12 and results["resumed_from_steps"] == [5]
@@ -239,5 +244,5 @@ def test_ladder(tmp_path):
     assert "Traceback" not in done.stderr and "computes nothing" in done.stderr.splitlines()[-1]
     runs = sorted(path.parent.name for path in tmp_path.glob("*/results.json"))
     names = ["1-fp32", "2-tf32", "3-bf16", "4-fused", "5-dynamic", "6-bucketed", "7-packed"]
-    assert runs == [*names, "8-compiled"]
+    assert runs == [*names, "8-compiled", "9-graphed"]
     assert "FAKE NVIDIA" in (tmp_path / "1-fp32/nvidia-smi-before.csv").read_text()
