@@ -30,7 +30,7 @@ listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 listener.bind(("", int(sys.argv[1])))
 print(listener.getsockname()[1])'
 if ! free_port=$(python -c "$bind" "${MASTER_PORT:-0}" 2>/dev/null); then
-    say "port $MASTER_PORT is taken on $(uname -n): set MASTER_PORT"
+    say "port ${MASTER_PORT:-} is taken on $(uname -n): set MASTER_PORT"
     finish 2
 fi
 MASTER_PORT=$free_port

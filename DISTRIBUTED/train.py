@@ -52,6 +52,7 @@ import torch
 import torch.distributed as dist  # DIST: what the processes talk through
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.distributed import fsdp  # DIST: zero2, fsdp and hsdp
 from torch.distributed.checkpoint import state_dict as checkpointing
 from torch.distributed.elastic.multiprocessing import errors  # DIST: what torchrun shows of one
@@ -225,7 +226,7 @@ def parse_arguments(argv=None):
             raise Problem("--output: give one: all ranks need the same folder")
         run_name = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
         args.output = f"runs/{HERE.name}-{run_name}"
-    if args.output and not args.output.isprintable():
+    if args.output is not None and not (args.output and args.output.isprintable()):
         raise Problem("--output: give a name of characters that can be printed")
     return args
 
@@ -245,8 +246,12 @@ def use_sample(args):
 
 def log(text):
     """Prints at once: SLURM's log is read while the job runs."""
-    if RANK == 0:  # DIST: all ranks come here, one speaks
+    if RANK > 0:  # DIST: all ranks come here, one speaks
+        return
+    try:
         print(text, flush=True)
+    except OSError:  # Ctrl-C ends `| tee` as well: what has been trained is saved all the same
+        sys.stdout = open(os.devnull, "w")
 
 
 def progress(items, description):
@@ -830,6 +835,8 @@ def load_features(path, split, tokenizer, args):
         split,
         content,
         tokenizer_content,
+        tokenizer.model_input_names,
+        tokenizer.truncation_side,
         args.limit,
         args.max_length,
         args.stride,
@@ -1517,6 +1524,8 @@ def load_checkpoint(output, settings):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = content["settings"]
+    except OSError:  # the file itself may be whole
+        raise
     except Exception as error:  # pickle, zipfile and torch each have their own
         raise Problem(f"{path} cannot be read ({type(error).__name__}): remove it to start anew")
     different = [
@@ -2253,8 +2262,11 @@ def describe(results, timings):
 def save_model(output, model, tokenizer):
     """Leaves model/, for from_pretrained: written under another name, so it is all there or not."""
     temporary = output / "model.tmp"
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    except SafetensorError as error:  # a full disk is no OSError to it
+        raise Problem(f"cannot write {temporary} ({error}): free some space")
     for file in temporary.iterdir():  # safetensors would keep the weights from all others
         file.chmod((temporary / "config.json").stat().st_mode)
     shutil.rmtree(output / "model", ignore_errors=True)  # from a life that was killed after this

@@ -2,6 +2,7 @@
 # go stale. $SQUAD_CACHE has one archive of it for each torch, Python and kind of node: unpacked at
 # the start, written back at the end. job.sh and node.sh source this. It never costs a run its result.
 # shellcheck shell=bash
+compiled=''
 
 # unpack_compiled FOLDER: Inductor and Triton compile into it, and find what earlier jobs have kept.
 unpack_compiled() {

@@ -4,7 +4,8 @@
 # shellcheck shell=bash disable=SC2154
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-say() { echo "$name: $*" >&2; }
+trap '' PIPE  # Ctrl-C ends `| tee` too, and then nothing that is said must end this script
+say() { echo "$name: $*" >&2 || true; }
 source "$root/baseline/compiled.sh"
 
 # 1. The run's folder: the --output among the arguments, or a new one.
@@ -38,8 +39,8 @@ if [ -z "${PART_OF:-}" ]; then rm -f -- "$output/stop"; fi
 stopped_by=''
 ask_to_stop() {
     if [ "$stopped_by" != TERM ]; then stopped_by=$1; fi  # who is cancelled stays cancelled
-    say "asked to stop ($2), which may take a moment: what has been trained is saved"
     if ! mkdir -p -- "$output" || ! touch -- "$output/stop"; then say "cannot tell train.py"; fi
+    say "asked to stop ($2), which may take a moment: what has been trained is saved"
 }
 check_limit() {  # SLURM warns at once where the limit is shorter than the warning's time
     local limit=''
@@ -72,12 +73,12 @@ run() {
 # finish CODE: ends this script. A job that ran out of time first goes back to SLURM's queue.
 finish() {
     local code=$1
-    rm -f -- "$output/stop"
     pack_compiled
+    rm -f -- "$output/stop"
     # Asked to stop, and not finished: but a failure of its own (1, 2) stays one.
     if [ -n "$stopped_by" ] && [[ $code != [12] ]] && [ ! -e "$output/results.json" ]; then
         code=75
-        echo "$name: stopped before the end (exit code 75)"
+        echo "$name: stopped before the end (exit code 75)" || true
     fi
     if [ "$code" = 75 ] && [ -n "$job_id" ] && [ -z "${PART_OF:-}" ]; then
         if [ "$stopped_by" = USR1 ]; then

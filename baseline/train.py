@@ -49,6 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as checkpointing
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -198,7 +199,7 @@ def parse_arguments(argv=None):
     if args.output is None and not args.prepare:
         run_name = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
         args.output = f"runs/{HERE.name}-{run_name}"
-    if args.output and not args.output.isprintable():
+    if args.output is not None and not (args.output and args.output.isprintable()):
         raise Problem("--output: give a name of characters that can be printed")
     return args
 
@@ -218,7 +219,10 @@ def use_sample(args):
 
 def log(text):
     """Prints at once: SLURM's log is read while the job runs."""
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except OSError:  # Ctrl-C ends `| tee` as well: what has been trained is saved all the same
+        sys.stdout = open(os.devnull, "w")
 
 
 def progress(items, description):
@@ -633,6 +637,8 @@ def load_features(path, split, tokenizer, args):
         split,
         content,
         tokenizer_content,
+        tokenizer.model_input_names,
+        tokenizer.truncation_side,
         args.limit,
         args.max_length,
         args.stride,
@@ -1301,6 +1307,8 @@ def load_checkpoint(output, settings):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = content["settings"]
+    except OSError:  # the file itself may be whole
+        raise
     except Exception as error:  # pickle, zipfile and torch each have their own
         raise Problem(f"{path} cannot be read ({type(error).__name__}): remove it to start anew")
     different = [
@@ -1589,6 +1597,7 @@ class StepGraph:
                 self.input[name] = plan[name][:1].clone()
         self.interval = Interval(device, longest=1, first_step=0)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        learning_rates = [group["lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, self.rates):
             group["lr"] = rate
             group["capturable"] = True
@@ -1600,8 +1609,10 @@ class StepGraph:
             training_step(
                 args, 0, span_model, optimizer, features, self.input, untimed, self.interval
             )
-        for group in optimizer.param_groups:
-            group["capturable"] = False  # a checkpoint is as any other run's
+        # Numbers again: replay() copies them, and a checkpoint has them.
+        for group, learning_rate in zip(optimizer.param_groups, learning_rates):
+            group["lr"] = learning_rate
+            group["capturable"] = False
 
     def replay(self, step, interval):
         """Takes the place of training_step."""
@@ -2037,8 +2048,11 @@ def describe(results, timings):
 def save_model(output, model, tokenizer):
     """Leaves model/, for from_pretrained: written under another name, so it is all there or not."""
     temporary = output / "model.tmp"
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    except SafetensorError as error:  # a full disk is no OSError to it
+        raise Problem(f"cannot write {temporary} ({error}): free some space")
     for file in temporary.iterdir():  # safetensors would keep the weights from all others
         file.chmod((temporary / "config.json").stat().st_mode)
     shutil.rmtree(output / "model", ignore_errors=True)  # from a life that was killed after this

@@ -309,6 +309,12 @@ def test_a_stale_cache_is_not_used(train, preparation):
     assert preparation.load("--batch-size", 3, "--seed", 7)[1], "features do not depend on these"
     preparation.file.write_text(preparation.file.read_text() + " ")
     assert not preparation.load()[1], "another file by the same name"
+    # DistilBERT's tokenizer over BERT's vocabulary: the same, but that it gives no token types.
+    tokenizer = train.load_tokenizer(parse(train))[0]
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    features, cached = preparation.load(tokenizer=tokenizer)
+    assert not cached
+    assert "token_types" not in features
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(train, preparation, monkeypatch, tmp_path):

@@ -124,6 +124,22 @@ def test_a_cuda_graph_has_the_same_losses(train, tmp_path, batching, dropout):
     compare(losses[1], losses[0], BF16)
 
 
+def test_a_graph_is_handed_each_steps_learning_rate(train, tmp_path, monkeypatch):
+    """Numbers, also in the step that recorded it, in which they were tensors on the device."""
+    kinds = []
+    unpatched = train.StepGraph.replay
+
+    def replay(graph, step, interval):
+        kinds.extend(type(group["lr"]) for group in graph.optimizer.param_groups)
+        unpatched(graph, step, interval)
+
+    monkeypatch.setattr(train.StepGraph, "replay", replay)
+    words = ["--device", "cuda", "--cuda-graph", "--max-steps", 8, "--no-compile"]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run_training(train, parse(train, *words), tmp_path, device="cuda")
+    assert kinds == [float] * 2 * 5
+
+
 @pytest.mark.parametrize("more", [[], ["--cuda-graph"]], ids=["eager", "graph"])
 def test_a_run_that_was_stopped_goes_on_with_the_same_losses(start, tmp_path, more):
     words = ["--sample", "--limit", 60, "--epochs", 8, "--device", "cuda", "--precision", "bf16"]

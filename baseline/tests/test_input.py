@@ -503,6 +503,7 @@ def test_option_is_refused_by_name(words, train):
         (["stray"], "stray"),
         (["--sample", "--model", "x"], "--sample brings its own"),
         (["--sample", "--train-file", "x"], "--sample brings its own"),
+        (["--sample", "--output", ""], "--output"),
         (["--sample", "--learning-rate", "nan"], "--learning-rate: nan"),
         (["--sample", "--max-length", "8", "--stride", "5"], "--stride"),
         (["--sample", "--max-length", "20", "--stride", "4"], "raise --max-length"),

@@ -563,6 +563,13 @@ def test_results_do_not_claim_a_compilation_that_was_not(start, tmp_path):
     assert read(tmp_path / "run")["arguments"]["compile"] is False
 
 
+def test_a_log_that_cannot_be_written_costs_no_run(start, tmp_path):
+    """As when Ctrl-C ends `| tee`, or where the log's disk is full and --output's is not."""
+    words = (*SMALL, "--max-steps", 2, "--output", tmp_path / "run")
+    start(*words, patch="sys.stdout = open('/dev/full', 'w')").end()
+    assert read(tmp_path / "run")["steps"] == 2
+
+
 INTERFACE = """--model --train-file --validation-file --sample --limit --max-length --stride
     --epochs --max-steps --evaluate-every --batch-size --accumulate --batching --device --precision
     --compile --no-compile --cuda-graph --learning-rate --warmup --weight-decay --dropout --seed --output
