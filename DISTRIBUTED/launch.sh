@@ -44,9 +44,12 @@ export EXPECTED_WORLD_SIZE=$((NODES * RANKS))  # train.py --prepare checks the a
 start_ranks() {  # COMMAND...: on each node
     local node code=0 pid pids=()
     if [ -n "${SLURM_JOB_ID:-}" ]; then
+        # srun would take these for options; of the shell that called sbatch, they contradict these.
+        unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE
         # When one node's ranks die, the others are ended too. srun 22.05 forgets --cpus-per-task.
-        srun --export=ALL --nodes="$NODES" --ntasks="$NODES" --nodelist="$hosts" \
-            --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$@"
+        srun --export=ALL --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
+            --nodelist="$hosts" --kill-on-bad-exit=1 \
+            ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$((SLURM_CPUS_PER_TASK * ${SLURM_NTASKS_PER_NODE:-1}))"} "$@"
         return
     fi
     for ((node = 0; node < NODES; node++)); do

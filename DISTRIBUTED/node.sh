@@ -2,6 +2,7 @@
 # What run_2x2.sbatch starts on each node: it checks what the node has, and starts torchrun there.
 #   bash node.sh train.py [options]
 set -euo pipefail
+root=$(dirname "$0")/..
 node=${SLURM_NODEID:-$NODE}  # its number in the job; its host name may not be SLURM's name for it
 say() { echo "node $node: $*"; }
 fail() { say "error: $*" >&2; exit 2; }
@@ -38,6 +39,11 @@ if [ "$GPU_COUNT" -gt 0 ]; then  # the first node has GPUs, so this one must
     fi
 fi
 
+scratch=$(mktemp -d 2>/dev/null || mktemp -d -p /tmp)  # TMPDIR may be another node's
+trap 'rm -rf "$scratch"' EXIT
+source "$root/baseline/compiled.sh"
+unpack_compiled "$scratch/compiled"
+
 interface=${NCCL_SOCKET_IFNAME:-${GLOO_SOCKET_IFNAME:-}}
 say "$(uname -n) at $(hostname -I | xargs), $RANKS ranks, OMP_NUM_THREADS=$OMP_NUM_THREADS, meets" \
     "the others at $MASTER_ADDR ($address), port $MASTER_PORT${interface:+, through $interface}"
@@ -62,6 +68,7 @@ until pgrep -P "$agent" >/dev/null || ! kill -0 "$agent" 2>/dev/null; do
 done
 waited=$SECONDS code=0
 wait "$agent" || code=$?
+if [ "$node" = 0 ]; then pack_compiled; fi
 if [ "$code" != 0 ] && [ "$waited" -gt 100 ]; then
     say "no rank has started in $waited s. If torchrun has timed out, see above, try another" \
         "MASTER_PORT, or another network: MASTER_ADDR, NCCL_SOCKET_IFNAME" >&2

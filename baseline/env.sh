@@ -1,6 +1,6 @@
 # Source this with bash: it makes the virtual environment (once), enters it, and sets where things
 # are kept. README.md has the table of what may be set beforehand: STORE, VENV, PYTHON, MODULES,
-# TORCH_INDEX, TORCH_VERSION, HF_HOME, SQUAD_CACHE, TORCHINDUCTOR_CACHE_DIR.
+# TORCH_INDEX, TORCH_VERSION, HF_HOME, SQUAD_CACHE.
 #
 #   source baseline/env.sh && pytest
 #
@@ -26,7 +26,7 @@ _env_main() {
     fi
     VENV=$(realpath -ms "${VENV:-$root/.venv}") || return 1
     SQUAD_CACHE=$(realpath -ms "${SQUAD_CACHE:-$root/.cache}") || return 1
-    export SQUAD_CACHE TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SQUAD_CACHE/inductor}
+    export SQUAD_CACHE
     if [ -e "$SQUAD_CACHE/prepared" ]; then
         # prepare.sh has run. Without these, nodes with no internet would wait for the hub.
         export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_EVALUATE_OFFLINE=${HF_EVALUATE_OFFLINE:-1}

@@ -5,6 +5,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { echo "$name: $*" >&2; }
+source "$root/baseline/compiled.sh"
 
 # 1. The run's folder: the --output among the arguments, or a new one.
 
@@ -19,6 +20,7 @@ value_of() {
     printf '%s\n' "$value"
 }
 output=$(value_of --output "runs/$name-${SLURM_JOB_ID:-$(date +%Y%m%d-%H%M%S)}" "$@")
+folder=$output  # ladder.sbatch and scaling.sbatch have an output in it for each of their runs
 finished_before=''
 if [ -e "$output/results.json" ]; then finished_before=yes; fi
 
@@ -26,18 +28,32 @@ if [ -e "$output/results.json" ]; then finished_before=yes; fi
 # it between steps, saves and ends. So a request counts whatever is under way when it comes: pip,
 # imports, compiling. A person may ask in the same way: touch runs/.../stop
 
+# What SLURM calls this job. Of an array only this task: its last one has the array's own number.
+job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job_id=${job_id:-${SLURM_JOB_ID:-}}
+
 # Only an earlier start's is removed: scaling.sbatch asks its runs by this file.
 if [ -z "${PART_OF:-}" ]; then rm -f -- "$output/stop"; fi
 
 stopped_by=''
 ask_to_stop() {
-    stopped_by=$1
+    if [ "$stopped_by" != TERM ]; then stopped_by=$1; fi  # who is cancelled stays cancelled
     say "asked to stop ($2), which may take a moment: what has been trained is saved"
     if ! mkdir -p -- "$output" || ! touch -- "$output/stop"; then say "cannot tell train.py"; fi
 }
-trap 'ask_to_stop USR1 "the time is nearly up"' USR1  # from SLURM, by --signal
-trap 'ask_to_stop TERM "cancelled"' TERM              # from scancel
+check_limit() {  # SLURM warns at once where the limit is shorter than the warning's time
+    local limit=''
+    if [ -n "$job_id" ]; then limit=$(squeue -h -j "$job_id" -o %l 2>/dev/null) || true; fi
+    if [ "$SECONDS" -lt 60 ] && [[ $limit == ?:?? ]]; then
+        say "warned $SECONDS s after its start: a limit of $limit is too short for a warning that" \
+            "comes three minutes before it, or so: raise --time, or give --signal=B:USR1@60"
+    fi
+}
+
+trap 'ask_to_stop USR1 "the time is nearly up"; check_limit' USR1  # from SLURM, by --signal
+trap 'ask_to_stop TERM "cancelled or preempted"' TERM              # from scancel or SLURM
 trap 'ask_to_stop INT "Ctrl-C"' INT
+if [ -n "${early:-}" ]; then kill -s "$early" $$; fi
 
 # run COMMAND...: runs it and returns its exit code, or 75 at once if asked to stop before.
 # The command starts deaf to the signals, which would end it before it can save.
@@ -55,22 +71,51 @@ run() {
 
 # finish CODE: ends this script. A job that ran out of time first goes back to SLURM's queue.
 finish() {
-    local code=$1 job
+    local code=$1
     rm -f -- "$output/stop"
+    pack_compiled
     # Asked to stop, and not finished: but a failure of its own (1, 2) stays one.
     if [ -n "$stopped_by" ] && [[ $code != [12] ]] && [ ! -e "$output/results.json" ]; then
         code=75
         echo "$name: stopped before the end (exit code 75)"
     fi
-    if [ "$code" = 75 ] && [ "$stopped_by" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-        # Of an array only this task: the array's last task has the array's own number.
-        job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-        job=${job:-$SLURM_JOB_ID}
-        echo "$name: job $job goes back to the queue and goes on later"
-        trap '' USR1 TERM  # SLURM ends this script now
-        scontrol requeue "$job" || say "it cannot: submit it again, with --output $output"
+    if [ "$code" = 75 ] && [ -n "$job_id" ] && [ -z "${PART_OF:-}" ]; then
+        if [ "$stopped_by" = USR1 ]; then
+            if makes_progress; then go_back; fi
+        elif [ -z "$stopped_by" ] && [[ $(scontrol show job "$job_id") == *PreemptTime=[0-9]* ]]; then
+            # With GraceTime SLURM first tells only srun's processes, which have ended now.
+            echo "$name: preempted"
+            go_back
+        fi
+    else
+        rm -f -- "$folder/.starts"
     fi
     exit "$code"
+}
+
+go_back() {
+    echo "$name: job $job_id goes back to the queue and goes on later"
+    trap '' USR1 TERM  # SLURM ends this script now
+    scontrol requeue "$job_id" || say "it cannot: submit it again, with --output $output"
+}
+
+# What is finished or saved, with its times.
+list_saved() { stat -c '%n %Y' -- "$folder"/{,*/}{checkpoint.pt,results.json} 2>/dev/null || true; }
+
+# makes_progress: fails at the third start in a row that has saved nothing. .starts has their times.
+makes_progress() {
+    if [ "$(list_saved)" != "$saved_before" ]; then
+        rm -f -- "$folder/.starts"
+        return
+    fi
+    mkdir -p -- "$folder"
+    date >>"$folder/.starts"
+    if [ "$(wc -l <"$folder/.starts")" -ge 3 ]; then
+        say "three starts in a row have saved nothing: it does not go back to the queue. Submit it" \
+            "again with more time (--time)"
+        rm -f -- "$folder/.starts"
+        return 1
+    fi
 }
 
 # finish_run CODE: the same after one training. It is finished where it has left results.json.
@@ -84,6 +129,9 @@ finish_run() {
     fi
     finish "$code"
 }
+
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f -- "$folder/.starts"; fi
+saved_before=$(list_saved)
 
 # 3. What only the machine can tell, left beside the results for report.py. It never fails a run.
 

@@ -129,6 +129,9 @@ def load_run(folder):
     fields = [field for field in COLUMNS.values() if isinstance(field, str)]
     check_numbers(results_path, results, [*fields, "world_size", "nodes", "train_features"])
     check_numbers(results_path, run.arguments, ["batch_size", "accumulate"])
+    if "FAKE" in device(run):
+        what = f"was made on {device(run)}, which computes nothing (.ci/fake-gpu)"
+        raise Problem(f"{folder}: {what}, so its times are no GPU's: run on a real one")
     return run
 
 
@@ -1293,7 +1296,7 @@ CHARTS = {
     "tokens": tokens_chart,
     "ladder": ladder_chart,
 }
-MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured"]
+MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured", "predicted"]
 
 
 def section(title, *parts):

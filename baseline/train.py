@@ -14,13 +14,16 @@ import argparse
 import collections
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import gzip
 import hashlib
 import json
+import logging
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -32,6 +35,8 @@ import string
 import subprocess
 import sys
 import sysconfig
+import textwrap
+import threading
 import time
 import zlib
 from importlib import metadata
@@ -211,9 +216,9 @@ def use_sample(args):
 # 2. What a run says and writes
 
 
-def log(text, file=sys.stdout):
+def log(text):
     """Prints at once: SLURM's log is read while the job runs."""
-    print(text, file=file, flush=True)
+    print(text, flush=True)
 
 
 def progress(items, description):
@@ -224,6 +229,12 @@ def progress(items, description):
     return tqdm(
         items, description, file=sys.stdout, leave=False, delay=2, mininterval=10, bar_format=line
     )
+
+
+def one_line(error):
+    """Returns what a library's error says in one line: all of it, but for those of a page."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(text, 500, placeholder=" ...").rstrip(".")
 
 
 def write_atomically(path, write, suffix=".tmp"):
@@ -893,16 +904,20 @@ transformers.AttentionInterface.register("packed_loop", packed_loop)
 def load_tokenizer(args):
     """Returns the model's tokenizer and config; raises Problem on what cannot be trained here."""
     where = f"--model {args.model}"
-    tokenizer_files = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
-    if Path(args.model).is_dir() and not set(tokenizer_files) & set(os.listdir(args.model)):
-        raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
+    check_model_folder(args.model, where)
     try:
-        config = transformers.AutoConfig.from_pretrained(args.model)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        is_adapter = transformers.utils.find_adapter_config_file(args.model) is not None
+        if not is_adapter:
+            config = transformers.AutoConfig.from_pretrained(args.model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     except Exception as error:  # transformers' errors have no common class
-        reason = " ".join(str(error).split())[:200]
-        fix = "give a folder of transformers, or a hub name after bash baseline/prepare.sh"
-        raise Problem(f"{where}: {reason}: {fix}")
+        fix = "give a folder that is there, or run bash baseline/prepare.sh for a model of the hub"
+        if Path(args.model).is_dir():
+            fix = "give a folder that save_pretrained has written"
+        raise Problem(f"{where}: {one_line(error)}: {fix}")
+    if is_adapter:
+        what = "has a PEFT adapter, which would be left out"
+        raise Problem(f"{where} {what}: merge it first, with merge_and_unload(), and save that")
     if not tokenizer.is_fast:
         raise Problem(f"{where}: it has no fast tokenizer (tokenizer.json): save one there")
     if len(tokenizer) > config.vocab_size:
@@ -911,37 +926,139 @@ def load_tokenizer(args):
     return tokenizer, config
 
 
+def check_model_folder(name, where):
+    """Raises Problem where --model names a folder that is not there, or that holds no model."""
+    folder = Path(name)
+    is_path = name.count("/") > 1 or name.startswith(("/", ".", "~"))  # the hub has owner/model
+    if is_path and not folder.exists():
+        raise Problem(f"{where}: there is no such folder")
+    if folder.is_file():
+        raise Problem(f"{where} is a file: give the folder that it is in")
+    if not folder.is_dir():
+        return
+    names = set(os.listdir(folder))
+    below = sorted(folder.glob("*/config.json"))
+    if "config.json" not in names and below:
+        raise Problem(f"{where} has no config.json: give {below[0].parent}, which has one")
+    if "checkpoint.pt" in names:
+        raise Problem(f"{where} is a run that has not finished: finish it, then give its model/")
+    tokenizer_files = {"tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model"}
+    if not tokenizer_files & names:
+        raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
+
+
 # What --dropout sets, as BERT and as DistilBERT name it.
 DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 DROPOUT_NAMES += ("dropout", "attention_dropout", "qa_dropout")
+# What is taken for granted here, and what another task may have left otherwise in config.json.
+CONFIG = {
+    "num_labels": 2,  # logits: the answer's first and last token
+    "output_attentions": False,  # a model with another attention function cannot be saved with it
+    "output_hidden_states": False,
+    "return_dict": True,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,  # a packed row is in no such chunks
+}
+
+
+def adapt_config(config, args):
+    """Sets what the training relies on, and says what was otherwise."""
+    changes = []
+    for name, value in CONFIG.items():
+        before = getattr(config, name, value)
+        if before != value:
+            setattr(config, name, value)
+            changes.append(f"{name} {value} (was {before})")
+    if changes:
+        log(f"the model's config is changed: {', '.join(changes)}")
+    names = [name for name in DROPOUT_NAMES if hasattr(config, name)]
+    if args.dropout is not None and not names:
+        raise Problem(f"--dropout: a {config.model_type} has no {DROPOUT_NAMES[0]}: leave it out")
+    for name in names:
+        if args.dropout is not None:
+            setattr(config, name, args.dropout)
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        what = f"position_embedding_type {positions}, which transformers has no more"
+        raise Problem(f"--model {args.model}: {what}: give one with absolute positions")
 
 
 def load_model(args, config):
     """Returns the model in fp32 on the CPU; its question-answering head, if new, is from --seed.
 
     The sample has no weights: all of its model is random, from --seed."""
-    for name in DROPOUT_NAMES:
-        if args.dropout is not None and hasattr(config, name):
-            setattr(config, name, args.dropout)
+    adapt_config(config, args)
     family = transformers.AutoModelForQuestionAnswering
     options = {"attn_implementation": args.attention, "dtype": torch.float32}
     torch.manual_seed(args.seed)
-    missing = []
+    loading = None
     try:
         if args.sample:
             model = family.from_config(config, **options)
         else:
             options |= {"config": config, "weights_only": True, "output_loading_info": True}
+            # Weights of another shape are then in the loading's report, instead of an error.
+            options["ignore_mismatched_sizes"] = True
             model, loading = family.from_pretrained(args.model, **options)
-            missing = [name for name in loading["missing_keys"] if "qa_outputs" not in name]
     except Exception as error:  # safetensors, pickle, the file system each have their own
-        reason = " ".join(str(error).split())[:200]
-        raise Problem(f"--model {args.model}: {reason}: give a folder with all of its weights")
-    if missing:  # transformers has made them at random
-        what = f"{len(missing)} of its weights are not in its file, as {sorted(missing)[0]}"
-        raise Problem(f"--model {args.model}: {what}: give one that was saved with save_pretrained")
+        what = one_line(error)
+        if isinstance(error, pickle.UnpicklingError):  # it goes on for a page
+            what = "its .bin file is damaged, or holds more than tensors"
+        raise Problem(f"--model {args.model}: {what}: give a folder with all of its weights")
     check_model(model, args)
+    if loading:
+        check_weights(model, loading, f"--model {args.model}")
     return model
+
+
+def check_weights(model, loading, where):
+    """Raises Problem where some weights are not the file's, since they would be random ones, or are
+    no numbers. Says what of the file is not used."""
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, file_shape, model_shape = mismatched[0]
+        what = f"{len(mismatched)} of its weights do not fit its config.json"
+        shapes = f"{name} has the shape {list(file_shape)} in its file, not {list(model_shape)}"
+        fix = "give the config.json that belongs to the file"
+        if "qa_outputs" in name:
+            fix = "give a model whose head has two labels, or none"
+        raise Problem(f"{where}: {what}: {shapes}: {fix}")
+    unused = sorted(loading["unexpected_keys"])
+    head = {name for name in loading["missing_keys"] if "qa_outputs" in name}
+    missing = sorted(loading["missing_keys"] - head)
+    if missing:
+        what = f"{len(missing)} of its weights are not in its file, as {missing[0]}"
+        raise Problem(f"{where}: {what}: {why_missing(missing, unused, model.config)}")
+    not_finite = [name for name, one in model.named_parameters() if not one.isfinite().all()]
+    if not_finite:
+        what = f"{len(not_finite)} of its weights are not finite numbers, as {not_finite[0]}"
+        raise Problem(f"{where}: {what}: give a file that was saved before")
+    if head:
+        log("the model's head for answers is new, with random weights from --seed")
+    if unused:
+        modules = sorted({".".join(name.split(".")[:4]) for name in unused})
+        names = textwrap.shorten(", ".join(modules), 200, placeholder=" ...")
+        log(f"{len(unused)} weights of the model's file are not used: {names}")
+
+
+def why_missing(missing, unused, config):
+    """Returns the likely reason why a model's weights are missing in its file, and the fix."""
+    layers = {int(number) for number in re.findall(r"\.layer\.(\d+)\.", " ".join(missing))}
+    first = min(layers, default=0)
+    if first and layers == set(range(first, config.num_hidden_layers)):
+        what = f"config.json asks for {config.num_hidden_layers} layers, the file has {first}"
+        return f"{what}: set num_hidden_layers to {first}"
+    # With the family's prefix, as bert., and without it.
+    for name in (missing[0], missing[0].split(".", 1)[-1]):
+        prefix = next((other.removesuffix(name) for other in unused if other.endswith(name)), None)
+        if prefix and prefix.strip(".") in transformers.CONFIG_MAPPING:
+            return f"they are a {prefix.strip('.')}'s: give the config.json that belongs to them"
+        if prefix:
+            return f"they begin with {prefix!r} there, a wrapper's name: save the model within it"
+    if unused:
+        return f"it is another architecture's, with {unused[0]}: give its own config.json"
+    return "it is not complete: fetch it again"
 
 
 def check_model(model, args):
@@ -1100,8 +1217,13 @@ def make_profiler(folder, skipped_steps, device, state):
     operators in state. Without skipped_steps (None) it never records."""
 
     def finish(profiler):
+        if profiler.step_num < (skipped_steps or 0) + PROFILER_STEPS:
+            return  # ended in these steps: the life that goes on records them
         begin = time.perf_counter()
-        torch.profiler.tensorboard_trace_handler(folder, "rank0", use_gzip=True)(profiler)
+        worker = "rank0"
+        for earlier in Path(folder).glob(f"{worker}.*.gz"):  # of a life that was ended just here
+            earlier.unlink()
+        torch.profiler.tensorboard_trace_handler(folder, worker, use_gzip=True)(profiler)
         averages = profiler.key_averages()
         state["operators"] = averages.table(f"self_{device.type}_time_total", row_limit=20)
         state["seconds"]["profile"] += time.perf_counter() - begin
@@ -1131,21 +1253,25 @@ def settings_of(args, features):
     return settings | {"model": Path(args.model).name, "train_file": features["content"]}
 
 
+@contextlib.contextmanager
 def open_output(output):
-    """Makes the run's folder and returns a lock on it, which lasts until the process ends."""
+    """Makes the run's folder, and keeps a lock on it while the block lasts. None: there is none."""
+    if output is None:
+        yield
+        return
     output.mkdir(parents=True, exist_ok=True)
-    lock = open(output / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"--output {output}: another run writes there: wait, or choose another")
-    except OSError:
-        pass  # a file system without locks
-    # A full disk is told before anything is begun.
-    probe = output / ".probe"
-    write_atomically(probe, lambda file: file.write(bytes(2**16)))
-    probe.unlink()
-    return lock
+    with open(output / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"--output {output}: another run writes there: wait, or choose another")
+        except OSError:
+            pass  # a file system without locks
+        # A full disk is told before anything is begun.
+        probe = output / ".probe"
+        write_atomically(probe, lambda file: file.write(bytes(2**16)))
+        probe.unlink()
+        yield
 
 
 def stop_requested(output):
@@ -1201,6 +1327,21 @@ def restore(checkpoint, model, optimizer, state):
     state.update(checkpoint["state"])
     state["resumed_from_steps"].append(state["step"])
     log(f"going on from step {state['step']:,}")
+
+
+def add_life(state, life):
+    """Notes which code runs now, and says so where it is not the code that ran until here."""
+
+    def name(life):
+        changes = " with changes" if life["dirty"] else ""
+        return f"{life['commit'][:10]}{changes}" if life["commit"] else "unknown"
+
+    if state["step"] and not state["lives"]:  # a checkpoint from before they were noted
+        state["lives"].append(dict.fromkeys(life))
+    if state["lives"] and state["lives"][-1]["hash"] != life["hash"]:
+        commits = f"commit {name(state['lives'][-1])}, now {name(life)}"
+        log(f"train.py has changed since step {state['step']:,} ({commits})")
+    state["lives"].append(life)
 
 
 # 10. Evaluation: logits to answers, answers to scores
@@ -1507,6 +1648,7 @@ def train(
                 graph.replay(step, interval)
             else:
                 training_step(args, step, span_model, optimizer, features, plan, clock, interval)
+            keep_signals()
             profiler.step()
             done = step + 1
             # Not at each of a GPU's steps: it is a look at the disk.
@@ -1640,18 +1782,23 @@ BOARD = {
 HPARAMS = ["batch_size", "batching", "compile", "learning_rate", "precision", "seed"]
 
 
+@contextlib.contextmanager
 def open_writer(output, state):
-    """Returns TensorBoard's writer; what an earlier life wrote after its last save is purged."""
+    """Opens TensorBoard's writer; what an earlier life wrote after its last save is purged."""
     step = state["step"]
     writer = SummaryWriter(output / "tensorboard", purge_step=step)
-    writer.add_custom_scalars(BOARD)
-    # What was written at the very step of the save is purged too, so it is written again.
-    for measured in state["intervals"][-1:]:
-        write_scalars(writer, measured)
-    for evaluation in state["evaluations"]:
-        if evaluation["step"] == step:
-            write_evaluation(writer, evaluation)
-    return writer
+    try:
+        writer.add_custom_scalars(BOARD)
+        # What was written at the very step of the save is purged too, so it is written again.
+        for measured in state["intervals"][-1:]:
+            write_scalars(writer, measured)
+        for evaluation in state["evaluations"]:
+            if evaluation["step"] == step:
+                write_evaluation(writer, evaluation)
+        yield writer
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: whatever ends the run says so
+            writer.close()
 
 
 def write_scalars(writer, measured):
@@ -1708,7 +1855,18 @@ def count_cores():
     return os.cpu_count()
 
 
-def describe_environment(device):
+def describe_code():
+    """Returns which code this life runs. Called at its start, as files may change afterwards."""
+    return {
+        "commit": output_of("git", "rev-parse", "HEAD") or None,
+        # New files change no run: SLURM's logs, a report.
+        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "hash": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
+        "start": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def describe_environment(device, life):
     """Returns what a reader must know to trust a run's figures: code, machine and versions."""
     on_gpu = device.type == "cuda"
     versions = {}
@@ -1716,9 +1874,8 @@ def describe_environment(device):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {
-        "commit": output_of("git", "rev-parse", "HEAD") or None,
-        # New files change no run: SLURM's logs, a report.
-        "dirty": bool(output_of("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": life["commit"],
+        "dirty": life["dirty"],
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "hosts": [socket.gethostname()],
         "devices": [torch.cuda.get_device_name(device) if on_gpu else processor_name()],
@@ -1832,6 +1989,7 @@ def make_results(args, model, features, validation, plan, state, environment):
         "parameters": model.num_parameters(),
         "evaluations": state["evaluations"],
         "resumed_from_steps": state["resumed_from_steps"],
+        "lives": state["lives"],
         "restarts": environment["restarts"],
         "scorer": state["scorer"],
         "paper": PAPER,
@@ -1881,6 +2039,8 @@ def save_model(output, model, tokenizer):
     temporary = output / "model.tmp"
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    for file in temporary.iterdir():  # safetensors would keep the weights from all others
+        file.chmod((temporary / "config.json").stat().st_mode)
     shutil.rmtree(output / "model", ignore_errors=True)  # from a life that was killed after this
     temporary.replace(output / "model")
 
@@ -1897,6 +2057,7 @@ def new_state():
         "scorer": None,
         "operators": "",
         "resumed_from_steps": [],
+        "lives": [],
         "seconds": {"checkpoint": 0.0, "profile": 0.0, "log": 0.0},
     }
 
@@ -1922,7 +2083,9 @@ def check_cpu_hours(args, model, plan):
     hours = 6 * weights * int(plan["computed"].sum()) / flops_per_second / 3600 if plan else 0
     if args.device == "auto" and args.device_type == "cpu" and hours > CPU_HOURS:
         what = f"{len(plan['features']):,} steps of {args.batch_size} features take a CPU"
-        fix = "use sbatch, --sample or --limit N; --device cpu goes on regardless"
+        gpu = "ask for a GPU (--gres)" if "SLURM_JOB_ID" in os.environ else "use sbatch"
+        less = "--limit N" if args.sample else "--sample or --limit N"
+        fix = f"{gpu}, {less}; --device cpu goes on regardless"
         raise Problem(f"{what} about {hours:.0f} hours: {fix}")
 
 
@@ -1955,9 +2118,14 @@ def configure_libraries(args):
     """Sets what transformers and torch do for all of the process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # transformers asks torch.compile what torch 2.11 warns of.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention plans anew for each shape, and knows dropout in sixteenths only.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # TensorBoard's thread hands a full disk on to its next call: a traceback says no more.
+    hook = threading.excepthook
+    threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or hook(end)
 
 
 def prepare(args):
@@ -1988,7 +2156,7 @@ def move_to_device(args, model, tokenizer, features, validation, plan, device):
 
 def finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer):
     """Writes what a run leaves. results.json comes last: where it is, all is there."""
-    environment = describe_environment(model.device)
+    environment = describe_environment(model.device, state["lives"][-1])
     results = make_results(args, model, features, validation, plan, state, environment)
     timings = make_timings(plan, state, results["train_seconds"])
     save_model(output, model, tokenizer)
@@ -2011,7 +2179,13 @@ def run(args):
         return 0
     configure_libraries(args)
     check_files(args)
-    lock = open_output(output) if output else None  # noqa: F841 held until the end
+    with open_output(output):
+        return run_in(output, args)
+
+
+def run_in(output, args):
+    """The run, where nothing else writes to output."""
+    life = describe_code()
     model_name = "the sample, from random weights" if args.sample else args.model
     where = f"{args.precision} on {args.device_type}, {args.batching}"
     log(f"{HERE.name}: {model_name}, {where}" + (f", to {output}" if output else ""))
@@ -2037,16 +2211,33 @@ def run(args):
     if checkpoint:
         restore(checkpoint, model, optimizer, state)
     del checkpoint  # as large as weights and optimizer state together
-    writer = open_writer(output, state)
-    save = functools.partial(save_checkpoint, output, model, optimizer, state, settings)
-    evaluate = functools.partial(
-        evaluate_model, args, output, model, validation, plan, state, writer
-    )
-    train(args, output, span_model, optimizer, features, plan, clock, state, writer, save, evaluate)
-    predictions = evaluate() if state["step"] == steps else None
-    if predictions is None:
+    add_life(state, life)
+    if stop_requested(output):
         return stopped(output, state)
-    finish(args, output, model, tokenizer, features, validation, plan, state, predictions, writer)
+    save = functools.partial(save_checkpoint, output, model, optimizer, state, settings)
+    with open_writer(output, state) as writer:
+        evaluate = functools.partial(
+            evaluate_model, args, output, model, validation, plan, state, writer
+        )
+        train(
+            args,
+            output,
+            span_model,
+            optimizer,
+            features,
+            plan,
+            clock,
+            state,
+            writer,
+            save,
+            evaluate,
+        )
+        predictions = evaluate() if state["step"] == steps else None
+        if predictions is None:
+            return stopped(output, state)
+        finish(
+            args, output, model, tokenizer, features, validation, plan, state, predictions, writer
+        )
     return 0
 
 
@@ -2068,6 +2259,13 @@ def stopped(output, state):
     return STOPPED
 
 
+def keep_signals():
+    """Puts Python's handlers of signals back in their place: Triton's compiler brings LLVM's own,
+    which end the process, or hear nothing."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.getsignal(number))
+
+
 def note_signal(number, frame):
     """Keeps a signal for stop_requested: the training is saved between two steps, never in one."""
     STOP_SIGNALS.append(signal.Signals(number).name)
@@ -2079,8 +2277,9 @@ def explain(error):
         return " ".join(str(error).split()), error.exit_code
     if isinstance(error, OSError):
         path = error.filename or "a file in --output"
-        return f"{path}: {error.strerror}: fix that, or give another path", 2
-    return f"out of memory: raise --accumulate ({str(error)[:150]})", 1
+        fix = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix that"
+        return f"{path}: {error.strerror or one_line(error)}: {fix}, or give another path", 2
+    return f"out of memory: raise --accumulate ({one_line(error)})", 1
 
 
 def main():
@@ -2090,7 +2289,9 @@ def main():
         exit_code = run(parse_arguments())
     except (Problem, OSError, torch.OutOfMemoryError) as error:
         message, exit_code = explain(error)
-        log(f"error: {message}", file=sys.stderr)
+        line = f"error: {message}"
+        with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            print(line, file=sys.stderr)
     sys.exit(exit_code)
 
 

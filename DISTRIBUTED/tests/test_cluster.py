@@ -250,13 +250,13 @@ def processes(text):
 @pytest.mark.slow
 def test_a_short_time_limit_finishes_through_requeues(slurm):
     """SLURM's limits are in minutes and its warning can come a minute early, so a start of two
-    minutes trains for one, and 120 epochs take several starts."""
-    argv = [*LONG, "--epochs", "120", "--output", "runs/limit"]
+    minutes trains for one, and 80 epochs take several starts."""
+    argv = [*LONG, "--epochs", "80", "--output", "runs/limit"]
     options = ["--time=2", "--signal=B:USR1@50"]
     job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *argv, options=options)
-    log = slurm.done(job, 900)
+    log = slurm.done(job, 1800)
     results = slurm.result("runs/limit")
-    assert results["steps"] == 120 * 24 and len(results["resumed_from_steps"]) >= 1
+    assert results["steps"] == 80 * 24 and len(results["resumed_from_steps"]) >= 1
     assert results["resumed_from_steps"] == sorted(set(results["resumed_from_steps"]))
     assert results["environment"]["restarts"] >= 1
     assert "goes back to the queue" in log and f"job {job}, start 2" in log
@@ -266,25 +266,36 @@ def test_the_warning_saves_and_requeues(slurm):
     warning_saves_and_requeues(slurm, "DISTRIBUTED/run_2x2.sbatch", r"^step \d+/")
 
 
+# What the log says, or how many seconds after its first line, when the warning comes.
+MOMENTS = ["on c1-1", 0.5, 1, 2, 4, 7, "packed, to", "features to train", r"steps \(", r"^step 2/"]
+MOMENTS += [r"^step \d\d/", "^step 72/72"]
+
+
 @pytest.mark.slow
 @BOTH
-@pytest.mark.parametrize("moment", [r"^step \d+/", "features to train", "on c1-1"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_the_warning_at_other_moments(slurm, script, moment):
     warning_saves_and_requeues(slurm, script, moment)
 
 
 def warning_saves_and_requeues(slurm, script, moment):
     output = f"runs/usr1-{len(slurm.jobs)}"
-    job = slurm.submit(script, *LONG, "--output", output)
-    slurm.wait(job, lambda: re.search(moment, slurm.log(job), re.MULTILINE), 240)
+    job = slurm.submit(script, *LONG, "--epochs", "3", "--output", output)
+    text = moment if isinstance(moment, str) else "on c1-1"
+    slurm.wait(job, lambda: re.search(text, slurm.log(job), re.MULTILINE), 240)
+    if text != moment:
+        time.sleep(moment)
     slurm("scancel", "--signal=USR1", "--batch", job)
     log = slurm.done(job, 600)
     results = slurm.result(output)
-    assert results["steps"] == 240 and slurm.show(job, "Restarts") == "1"
-    assert log.count("asked to stop") == 1 and log.count("goes back to the queue") == 1
-    trained = "stopped by" in log
-    assert len(results["resumed_from_steps"]) == trained
-    assert trained or not moment.startswith("^step")
+    assert results["steps"] == 72 and log.count("asked to stop") == 1
+    # All but done, it may rather finish.
+    finished = moment == "^step 72/72" and "goes back" not in log
+    assert slurm.show(job, "Restarts") == ("0" if finished else "1")
+    assert log.count("goes back to the queue") == (not finished)
+    trained = len(results["resumed_from_steps"])
+    assert trained == (re.search(r"stopped by .* at step [1-9]", log) is not None)
+    assert trained or finished or "step" not in str(moment)
     assert not (slurm.root / output / "stop").exists()
 
 
@@ -399,7 +410,114 @@ def test_a_lost_node_requeues_the_job(slurm):
     slurm.finish(job, 120)
 
 
-# 3. Nodes that cannot meet
+@pytest.mark.slow
+@BOTH
+def test_a_preempted_job_goes_on(slurm, script):
+    """With a grace SLURM first tells srun's processes alone; without any, it tells all."""
+    output = f"runs/preempted-{script[:4]}"
+    options = ["--partition=spare"]
+    job = slurm.submit(script, *ENDLESS, "--output", output, options=options)
+    begun(slurm, job)
+    options = ["--partition=urgent", "-N2", "--gres=gpu:a100:2", "--output=/dev/null"]
+    other = slurm.submit("--wrap", "sleep 5", options=options)
+    slurm.wait(job, lambda: "going on from step" in slurm.log(job), 200)
+    assert slurm.show(job, "Restarts") == "1" and slurm.show(other, "JobState") == "COMPLETED"
+    slurm("scancel", job)
+    assert slurm.finish(job, 100)[0] == "CANCELLED"
+    assert slurm.show(job, "Restarts") == "1", "a cancelled job does not go back"
+
+
+@pytest.mark.slow
+def test_starts_that_save_nothing_end_after_three(slurm):
+    """Each is warned before it trains. It ends as failed, so no other job takes it for finished."""
+    job = slurm.submit("baseline/run.sbatch", *LONG, "--output", "runs/nothing")
+    for start in range(1, 4):
+        slurm.wait(job, lambda: f"start {start}, commit" in slurm.log(job), 60)
+        slurm("scancel", "--signal=USR1", "--batch", job)
+    assert slurm.finish(job, 60) == ("FAILED", "75:0")
+    log = slurm.log(job)
+    assert slurm.show(job, "Restarts") == "2" and log.count("goes back to the queue") == 2
+    assert "three starts in a row have saved nothing" in log and "step 2/" not in log
+
+
+@pytest.mark.slow
+def test_a_limit_shorter_than_its_warning_is_told(slurm):
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *ENDLESS, options=["--time=2"])
+    slurm.wait(job, lambda: "a limit of 2:00 is too short for a warning" in slurm.log(job), 60)
+    slurm("scancel", job)
+    slurm.finish(job, 100)
+
+
+# 3. Arrays, and other ways to submit
+
+
+@pytest.mark.slow
+def test_of_an_array_one_task_goes_back(slurm):
+    """Each task is a training of its own."""
+    array = slurm.submit("baseline/run.sbatch", *LONG, options=["--array=1-3"])
+    # A task has a number of its own only when it runs.
+    slurm.wait(array, lambda: slurm("squeue", "-h", "-j", array, "-t", "R").count("\n") == 2, 60)
+    tasks = [slurm.show(f"{array}_{number}", "JobId") for number in range(1, 4)]
+    begun(slurm, tasks[2])
+    slurm("scancel", "--signal=USR1", "--batch", f"{array}_3")
+    for number, task in enumerate(tasks, 1):
+        slurm.done(f"{array}_{number}", 600)
+        results = slurm.result(f"runs/baseline-{task}")
+        assert len(results["resumed_from_steps"]) == (number == 3)
+        assert slurm.show(f"{array}_{number}", "Restarts") == str(int(number == 3))
+    assert "it cannot" not in slurm.log(tasks[2])
+
+
+@pytest.mark.slow
+def test_a_chain_of_tasks_on_one_output(slurm):
+    argv = [*LONG, "--output", "runs/chain"]
+    array = slurm.submit("baseline/run.sbatch", *argv, options=["--array=1-3%1"])
+    slurm.wait(array, lambda: slurm.show(f"{array}_1", "JobState") == "RUNNING", 60)
+    first = slurm.show(f"{array}_1", "JobId")
+    begun(slurm, first)
+    # scancel signals it, and then waits for a task that is back in the queue.
+    slurm("bash", "-c", f"timeout 5 scancel --signal=USR1 --batch {first} || true")
+    logs = []
+    for number in range(1, 4):
+        slurm.done(f"{array}_{number}", 600)
+        logs.append(slurm.log(slurm.show(f"{array}_{number}", "JobId")))
+    assert len(slurm.result("runs/chain")["resumed_from_steps"]) == 1
+    assert "".join(logs).count("holds a finished run") == 2
+    assert "".join(logs).count("goes back to the queue") == 1 and "it cannot" not in "".join(logs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("caller", [[], ["srun", "-n1"]], ids=["salloc", "srun"])
+def test_a_job_submitted_within_another_allocation(slurm, caller):
+    around = ["salloc", "--quiet", "-N1", "-n1", "--mem-per-cpu=100M", "--gres=gpu:a100:1", *caller]
+    job = slurm(*around, "sbatch", "--parsable", "DISTRIBUTED/run_2x2.sbatch", *SHORT)
+    slurm.jobs.append(job)
+    slurm.done(job)
+    assert slurm.result(f"runs/DISTRIBUTED-{job}")["world_size"] == 4
+
+
+@pytest.mark.slow
+def test_several_tasks_a_node_are_one_torchrun(slurm):
+    options = ["--ntasks-per-node=2", "--cpus-per-task=32"]
+    job = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *SHORT, options=options)
+    slurm.done(job)
+    results = slurm.result(f"runs/DISTRIBUTED-{job}")
+    assert (results["world_size"], results["nodes"]) == (4, 2)
+
+
+@pytest.mark.slow
+@BOTH
+def test_nothing_of_the_callers_environment(slurm, script):
+    """--export=NONE; the environment is found as it is without any setting, in .venv."""
+    venv = slurm.root / ".venv"
+    venv.symlink_to(slurm.environment["VENV"])
+    try:
+        slurm.done(slurm.submit(script, *SHORT, options=["--export=NONE"]))
+    finally:
+        venv.unlink()
+
+
+# 4. Nodes that cannot meet
 
 
 @pytest.mark.slow

@@ -258,6 +258,21 @@ def test_what_asks_one_rank_stops_all(ranks, ask):
     assert_same_training(ranks.once(2, *SHORT), resumed, tolerance=0)
 
 
+@pytest.mark.parametrize("world", [0, 2])
+def test_what_asks_while_they_prepare_stops_all_before_a_step(ranks, world):
+    """It asks the last rank alone; the same command then goes on."""
+    asks = "prepare_as_before = prepare\n"
+    asks += f"def prepare(args):\n    if {world} < 2 or RANK == 1: {SIGNAL}\n"
+    asks += "    return prepare_as_before(args)\n"
+    stopped = ranks(world, *SHORT, patch=asks)
+    assert stopped.codes == ([0, 0] if world else [75]), stopped.log[-3000:]
+    assert stopped.log.count("stopped by") == 1 and "at step 0: " in stopped.log
+    assert "step 1/" not in stopped.log
+    assert not (stopped.output / "checkpoint.pt").exists()
+    resumed = ranks.finished(world, *SHORT, output=stopped.output)
+    assert resumed.read("results.json")["resumed_from_steps"] == []
+
+
 def test_one_process_by_itself_ends_with_75_when_stopped(ranks):
     ranks.stopped(1, *SHORT, at=5)
 

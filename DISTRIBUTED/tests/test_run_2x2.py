@@ -28,9 +28,9 @@ def environment(folder):
     }
 
 
-def start(folder, *arguments, root=ROOT, **more):
+def start(folder, *arguments, root=ROOT, script="DISTRIBUTED/run_2x2.sbatch", **more):
     return subprocess.Popen(
-        ["bash", root / "DISTRIBUTED/run_2x2.sbatch", *arguments],
+        ["bash", root / script, *arguments],
         cwd=folder,
         env=environment(folder) | more,
         text=True,
@@ -178,6 +178,49 @@ def test_a_signal_saves(tmp_path, number, everyone):
         assert process.returncode == 75 and log.count("stopped by") == 1, log[-3000:]
         assert (tmp_path / "out/checkpoint.pt").exists() and not rank_processes("out")
         assert "Traceback" not in log and "ended with" not in log
+
+
+def listens(process):
+    """Whether the script has said what it does at a signal: from then on none is lost or kills."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+    return caught >> (signal.SIGUSR1 - 1) & 1
+
+
+# What the log says, or how many seconds after it listens, when the signal comes.
+MOMENTS = [0, 0.1, 0.3, 1, 2, 4, 7, "options:", "features to train", " steps (", "step 2/12"]
+MOMENTS += ["step 12/12"]
+QUICK = [("baseline/run.sbatch", 0), ("DISTRIBUTED/run_2x2.sbatch", "meets the others")]
+ALL = [("DISTRIBUTED/run_2x2.sbatch", moment) for moment in MOMENTS]
+ALL += [("baseline/run.sbatch", moment) for moment in MOMENTS[1:]]
+
+
+@pytest.mark.parametrize(
+    ("script", "moment"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL)]
+)
+def test_a_stop_is_never_lost_and_never_kills(tmp_path, script, moment):
+    process = start(tmp_path, *SHORT, "--output", "out", script=script)
+    process.log = ""
+    try:
+        while not listens(process):
+            time.sleep(0.01)
+        if isinstance(moment, str):
+            for line in process.stdout:
+                process.log += line
+                if moment in line:
+                    break
+        else:
+            time.sleep(moment)
+        process.send_signal(signal.SIGUSR1)
+        rest, _ = process.communicate(timeout=100)
+    finally:
+        end(process)
+    log = process.log + rest
+    finished = (tmp_path / "out/results.json").exists()
+    assert process.returncode == (0 if finished else 75), log[-3000:]
+    assert not finished or moment in ("step 12/12", 4, 7), "only if it was all but done"
+    assert "Traceback" not in log and log.count("asked to stop") == 1
+    assert not (tmp_path / "out/stop").exists() and not rank_processes("out")
 
 
 def test_one_rank_is_stopped_like_many(tmp_path):

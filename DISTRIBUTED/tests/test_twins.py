@@ -36,6 +36,7 @@ REACHED_INTO = {
     "make_results",
     "finish",
     "run",
+    "run_in",
     "check_cpu_hours",
     "log_plan",
     "main",

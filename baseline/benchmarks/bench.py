@@ -206,21 +206,20 @@ def ours(setup, seed):
     setup.meter.start()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
-        writer = train.open_writer(output, state)
-        train.train(
-            args,
-            output,
-            train.SpanModel(model, args),
-            optimizer,
-            features,
-            plan,
-            train.Clock(device),
-            state,
-            writer,
-            save=lambda: None,
-            evaluate=None,  # it is never due
-        )
-        writer.close()
+        with train.open_writer(output, state) as writer:
+            train.train(
+                args,
+                output,
+                train.SpanModel(model, args),
+                optimizer,
+                features,
+                plan,
+                train.Clock(device),
+                state,
+                writer,
+                save=lambda: None,
+                evaluate=None,  # it is never due
+            )
     return int(plan["tokens"][setup.options.warmup :].sum())
 
 

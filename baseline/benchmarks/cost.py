@@ -568,16 +568,15 @@ def train_steps(tokens, length, steps=2, batching="packed", dropout=None, compil
     before = memory_mib("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
-        writer = train.open_writer(output, state)
         span_model = train.SpanModel(model, args)
         clock = train.Clock(device)
-        note_end()
-        train.train(
-            *(args, output, span_model, optimizer, features, plan, clock, state, writer),
-            save=lambda: None,
-            evaluate=None,  # it is never due
-        )
-        writer.close()
+        with train.open_writer(output, state) as writer:
+            note_end()
+            train.train(
+                *(args, output, span_model, optimizer, features, plan, clock, state, writer),
+                save=lambda: None,
+                evaluate=None,  # it is never due
+            )
     walls, processors = np.diff(ends, axis=0).T
     return {
         "first": Spent(float(walls[0]), float(processors[0])),

@@ -9,13 +9,14 @@
 # part that fails, costs one part. Needs torch, transformers, numpy, tensorboard and pytest.
 # BERT-Base with random weights, real questions: times, losses and memory are real, F1 is nothing.
 # May be set: SHARED, WORK, PARTS (a pattern: only parts of such names), MINUTES (after them no part
-# is begun), LIMIT (seconds a part may take); and to rehearse it DEVICE (cpu), STEPS and LAYERS.
+# is begun), LIMIT (seconds a part may take); and to rehearse it DEVICE (cpu), STEPS, BATCH, LAYERS.
 set -uo pipefail
 out=${OUT:?the folder that gpu.tgz is to be in}
 shared=${SHARED:-../shared}
 work=${WORK:-$(mktemp -d)}
 device=${DEVICE:-cuda}
 steps=${STEPS:-60}
+batch=${BATCH:-32} large=$((4 * ${BATCH:-32}))
 seconds=$((60 * ${MINUTES:-9}))
 limit=${LIMIT:-120}
 log=$work/log
@@ -53,7 +54,7 @@ part() {
 
 # Evaluated only once. At this rate random weights stay finite in any precision.
 usual=(--device "$device" --model "$work/base" "${data[@]}" --epochs 8 --evaluate-every end)
-usual+=(--learning-rate 1e-5 --max-steps "$steps")
+usual+=(--learning-rate 1e-5 --max-steps "$steps" --batch-size "$batch")
 
 single() {  # NAME OPTIONS...: one training by baseline/train.py
     part "$1" python3 baseline/train.py "${usual[@]}" --output "$work/$1" --no-profile "${@:2}"
@@ -114,17 +115,18 @@ single 8-compiled --compile
 single 9-graphed --compile --cuda-graph
 
 # 3. Larger batches, and buckets compiled.
-single packed-128 --batch-size 128
-single packed-128-graphed --batch-size 128 --cuda-graph
-single bucketed-128 --batch-size 128 --batching bucketed
-single bucketed-32 --batching bucketed
+single "packed-$large" --batch-size "$large"
+single "packed-$large-graphed" --batch-size "$large" --cuda-graph
+single "bucketed-$large" --batch-size "$large" --batching bucketed
+single "bucketed-$batch" --batching bucketed
 
 # 4. The usual ways: a plain loop, and transformers' Trainer where accelerate is.
 part bench python3 baseline/benchmarks/bench.py --device "$device" --model "$shared/minilm" --base \
-    --data "$shared/squad/train.json" --steps "$steps" --warmup 5 --output "$work/bench.json"
+    --data "$shared/squad/train.json" --batch-size "$batch" --steps "$steps" --warmup 5 \
+    --output "$work/bench.json"
 
 # 5. Where the time goes.
-single packed-128-traced --batch-size 128 --profile
+single "packed-$large-traced" --batch-size "$large" --profile
 
 # 6. One rank of each strategy.
 for strategy in ddp zero2 fsdp; do
@@ -132,9 +134,12 @@ for strategy in ddp zero2 fsdp; do
 done
 one_rank ddp-traced --strategy ddp --profile
 
-# 7. What the multiplications alone reach, and all of it in tables.
+# 7. What was predicted beside what was measured, what the multiplications alone reach, and tables.
+finished=()
+for results in "$work"/*/results.json; do finished+=("$(dirname "$results")"); done
+part predicted python3 baseline/benchmarks/predict.py --measured "${finished[@]}"
 part ceiling python3 baseline/benchmarks/cost.py ceiling --device "$device" \
     --output "$work/ceiling.json"
-part report python3 baseline/report.py "$work"/*/
+part report python3 baseline/report.py "${finished[@]}"
 keep
 say "done after $SECONDS s: $out/gpu.tgz"

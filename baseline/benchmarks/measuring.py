@@ -50,7 +50,7 @@ def need(*paths):
 
 def describe_machine(train, device_type="cpu"):
     """Returns what a reader must know of the machine to trust a table's figures."""
-    everything = train.describe_environment(torch.device(device_type))
+    everything = train.describe_environment(torch.device(device_type), train.describe_code())
     machine = {name: everything[name] for name in MACHINE_FACTS if everything.get(name) is not None}
     # How many processes wanted the cores: more than the benchmark's own, and times are too long.
     machine["load"] = round(os.getloadavg()[0], 1)

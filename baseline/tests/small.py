@@ -146,21 +146,20 @@ def run_training(train, args, output, features=None, model=None, optimizer=None,
         optimizer = train.make_optimizer(model, args)
     state = train.new_state()
     output.mkdir(exist_ok=True)
-    writer = train.open_writer(output, state)
-    train.train(
-        args,
-        output,
-        train.SpanModel(model, args),
-        optimizer,
-        features,
-        plan,
-        train.Clock(device),
-        state,
-        writer,
-        save=lambda: None,
-        evaluate=lambda: {},
-    )
-    writer.close()
+    with train.open_writer(output, state) as writer:
+        train.train(
+            args,
+            output,
+            train.SpanModel(model, args),
+            optimizer,
+            features,
+            plan,
+            train.Clock(device),
+            state,
+            writer,
+            save=lambda: None,
+            evaluate=lambda: {},
+        )
     return state
 
 

@@ -35,6 +35,13 @@ names = "CUDA_VISIBLE_DEVICES OMP_NUM_THREADS EXPECTED_WORLD_SIZE HF_HUB_OFFLINE
 names = names.split()
 say("TRAIN", json.dumps([sys.argv[1:], {name: os.environ.get(name) for name in names}]))
 preparing = "--prepare" in sys.argv
+if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+    assert os.environ["TRITON_CACHE_DIR"] == folder + "/triton"
+    kernel = pathlib.Path(folder, "triton/kernel")
+    say("KNOWN" if kernel.exists() else "COMPILED", folder)
+    kernel.parent.mkdir(parents=True, exist_ok=True)
+    if not kernel.exists():
+        kernel.touch()
 if preparing:
     time.sleep(float(os.environ.get("STUB_PREPARE", 0)))
 if code := os.environ.get("STUB_CODE_PREPARING" if preparing else "STUB_CODE"):
@@ -170,7 +177,7 @@ esac
         return {"STUB_GPUS": ",".join(map(str, range(count)))}
 
     def slurm(self, nodes=1, gpus=1, job=123456):
-        """Stand-ins for srun and scontrol, and the variables of a job."""
+        """Stand-ins for srun, scontrol and squeue, and the variables of a job."""
         names = " ".join(f"n{i}" for i in range(nodes))
         executable(
             self.bin / "scontrol",
@@ -178,6 +185,7 @@ esac
 case "$1 $2" in
     "show hostnames") printf "%s\\n" {names} ;;
     "show node") echo "NodeName=$3 CPUAlloc=64" ;;
+    "show job") echo "JobState=RUNNING PreemptTime=${{STUB_PREEMPTED:-None}}" ;;
     *) echo "$@" >>"{self.root}/scontrol.log" ;;
 esac
 """,
@@ -186,6 +194,7 @@ esac
             self.bin / "srun",
             """#!/bin/bash
 echo "SRUN $*"
+if [ -n "${SLURM_MEM_PER_CPU:-}" ]; then echo "mutually exclusive" >&2; exit 1; fi
 while [[ $1 == -* ]]; do
     if [[ $1 == --nodes=* ]]; then nodes=${1#*=}; fi
     shift
@@ -195,6 +204,7 @@ for pid in ${pids[@]}; do wait $pid || code=$?; done
 exit ${code:-0}
 """,
         )
+        executable(self.bin / "squeue", '#!/bin/sh\necho "${STUB_LIMIT:-1:00:00}"\n')
         executable(
             self.bin / "getent",
             """#!/bin/sh

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -523,8 +524,10 @@ def test_hours_on_a_cpu_by_mistake(refused, start, tmp_path):
     patch = "def plan_training(*given, plan_training=plan_training):\n"
     patch += "    plan = plan_training(*given)\n"
     patch += "    return {**plan, 'computed': plan['computed'] * 10**6}\n"
-    says = ["hours", "sbatch", "--sample", "--limit", "--device cpu"]
+    says = ["hours", "use sbatch, --limit N; --device cpu"]
     refused("--sample", says=says, patch=patch)
+    says = ["hours", "ask for a GPU (--gres), --limit N; --device cpu"]
+    refused("--sample", says=says, patch=patch, SLURM_JOB_ID="7")
     words = ("--sample", "--device", "cpu", "--max-steps", 1, "--no-profile")
     start(*words, "--output", tmp_path / "meant", patch=patch).end()
 
@@ -571,6 +574,190 @@ def test_weights_in_a_bin_file(start, copied_model, good_file, tmp_path):
         timings = json.loads((tmp_path / name / "timings.json").read_text())
         losses.append([interval["loss"] for interval in timings["intervals"]])
     assert losses[0] == losses[1]
+
+
+def rename(old, new):
+    """A change of a model's weights: old, at the beginning of a name, is new."""
+    return lambda weights: {re.sub(f"^{old}", new, name): one for name, one in weights.items()}
+
+
+def put_nan(weights):
+    weights["bert.encoder.layer.1.output.dense.weight"][3, 3] = float("nan")
+    return weights
+
+
+def take_away(words):
+    return lambda weights: {name: one for name, one in weights.items() if words not in name}
+
+
+def widen_head(weights):
+    return {**weights, "qa_outputs.weight": torch.zeros(3, 16), "qa_outputs.bias": torch.zeros(3)}
+
+
+# What is wrong with a model's folder: changes of its config.json, of its weights, what is said.
+MODELS = {
+    "more layers": (
+        {"num_hidden_layers": 4},
+        None,
+        ["32 of its weights", "bert.encoder.layer.2", "asks for 4", "has 2", "num_hidden_layers"],
+    ),
+    "module": ({}, rename("", "module."), ["37 of its weights", "'module.'", "a wrapper's"]),
+    "compiled": ({}, rename("", "_orig_mod."), ["'_orig_mod.'", "a wrapper's"]),
+    "module without head": ({}, rename("bert", "module"), ["'module.'", "a wrapper's"]),
+    "RoBERTa's": ({}, rename("bert", "roberta"), ["a roberta's", "config.json"]),
+    "another's": ({}, rename("bert", "x.y.z"), ["37", "save"]),
+    "half": ({}, take_away("layer.0"), ["16 of its weights", "layer.0", "not complete"]),
+    "other names": ({}, lambda weights: {"x": torch.zeros(3)}, ["another architecture", "with x"]),
+    "wider": ({"hidden_size": 64}, None, ["36 of its weights", "[16]", "[64]", "config.json"]),
+    "more words": (
+        {"vocab_size": 119547},
+        None,
+        ["1 of its weights", "word_embeddings.weight has the shape [", "[119547, 16]"],
+    ),
+    "three labels": ({}, widen_head, ["qa_outputs.bias", "[3]", "[2]", "two labels"]),
+    "not finite": ({}, put_nan, ["1 of its weights are not finite", "layer.1.output.dense.weight"]),
+    "relative positions": (
+        {"position_embedding_type": "relative_key"},
+        None,
+        ["position_embedding_type relative_key", "absolute"],
+    ),
+    "odd activation": ({"hidden_act": "frobnicate"}, None, ["frobnicate"]),
+}
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = change(safetensors.torch.load_file(path))
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    write(path, {**json.loads(path.read_text()), **changes})
+
+
+def load(train, folder, *words):
+    """The model as a run has it."""
+    args = train.parse_arguments(["--model", str(folder), *words, "--device", "cpu"])
+    return train.load_model(args, train.load_tokenizer(args)[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_refused_in_one_line(name, train, copied_model):
+    """It would be trained from random weights, or not as its author meant."""
+    changes, change, says = MODELS[name]
+    change_config(copied_model, **changes)
+    if change:
+        change_weights(copied_model, change)
+    with pytest.raises(train.Problem) as caught:
+        load(train, copied_model)
+    line, code = train.explain(caught.value)
+    assert code == 2 and line.startswith(f"--model {copied_model}: ") and len(line) < 620
+    for part in says:
+        assert part in line, line
+    # One fix.
+    assert " or " not in line.replace("or none", "")
+
+
+def test_folders_that_are_no_model(refused, tiny_model, copied_model, good_file, tmp_path):
+    words = (*both_files(good_file), *SHORT)
+    shutil.copytree(tiny_model, tmp_path / "run/model")
+    line = refused("--model", tmp_path / "run", *words, says=[f"give {tmp_path}/run/model"])
+    assert "tokenizer" not in line
+    (tmp_path / "going").mkdir()
+    (tmp_path / "going/checkpoint.pt").touch()
+    refused("--model", tmp_path / "going", *words, says=["has not finished"])
+    refused("--model", tmp_path / "run/modle", *words, says=["there is no such folder"])
+    refused("--model", tiny_model / "model.safetensors", *words, says=["is a file", "folder"])
+    adapter = {"base_model_name_or_path": "x", "peft_type": "LORA"}
+    write(copied_model / "adapter_config.json", adapter)
+    refused("--model", copied_model, *words, says=["PEFT", "merge"])
+    # And where there is nothing but the adapter.
+    (copied_model / "config.json").unlink()
+    (copied_model / "model.safetensors").unlink()
+    refused("--model", copied_model, *words, says=["PEFT", "merge"])
+
+
+def test_model_of_another_task(start, train, tiny_model, good_file, tmp_path):
+    """What its config.json sets for that task changes nothing; it gets a new head; both are said."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    config = transformers.AutoConfig.from_pretrained(tiny_model)
+    config.num_labels = 3
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config)
+    losses = {}
+    for name in ("classifier", "encoder"):
+        folder = tmp_path / name
+        (model if name == "classifier" else model.bert).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if name == "classifier":
+            odd = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+            odd |= {"is_decoder": True, "add_cross_attention": True, "chunk_size_feed_forward": 3}
+            change_config(folder, **odd)
+        else:
+            change_config(folder, id2label={"0": "A", "1": "B"}, label2id={"A": 0, "B": 1})
+        words = (*both_files(good_file), *SHORT, "--log-every", 1, "--dropout", 0)
+        output = tmp_path / f"{name}-run"
+        text = start("--model", folder, *words, "--output", output).end()
+        assert "head for answers is new, with random weights" in text
+        assert "weights of the model's file are not used: " in text and "pooler.dense" in text
+        if name == "classifier":
+            assert "classifier.weight" in text
+            assert "config is changed: num_labels 2 (was 3), output_attentions False" in text
+            assert "is_decoder False (was True)" in text
+        else:
+            assert "config is changed" not in text
+        timings = json.loads((output / "timings.json").read_text())
+        losses[name] = [interval["loss"] for interval in timings["intervals"]]
+        saved = transformers.AutoModelForQuestionAnswering.from_pretrained(output / "model")
+        assert saved.config.num_labels == 2 and not saved.config.output_attentions
+    assert losses["classifier"] == losses["encoder"]
+
+
+@pytest.mark.parametrize("kind", ["whole", "half", "sharded", "old names", "with more"])
+def test_every_weight_is_the_files(kind, train, copied_model, monkeypatch):
+    """However it is saved: in half precision, in shards, with the names of 2018."""
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(copied_model)
+    if kind == "half":
+        model.half().save_pretrained(copied_model)
+    if kind == "sharded":
+        (copied_model / "model.safetensors").unlink()
+        model.save_pretrained(copied_model, max_shard_size="20KB")
+    if kind == "old names":
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+        def rename_old(weights):
+            for new, name in old.items():
+                weights = {one.replace(new, name): tensor for one, tensor in weights.items()}
+            return weights
+
+        change_weights(copied_model, rename_old)
+    if kind == "with more":
+        change_config(copied_model, num_hidden_layers=1)
+    said = []
+    monkeypatch.setattr(train, "log", said.append)
+    loaded = load(train, copied_model).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in loaded or kind != "with more":
+            assert torch.equal(loaded[name], tensor.float()), name
+    unused = ["16 weights of the model's file are not used: bert.encoder.layer.1"]
+    assert said == (unused if kind == "with more" else [])
+
+
+def test_dropout_that_the_model_does_not_have(train, copied_model, monkeypatch):
+    monkeypatch.setattr(train, "DROPOUT_NAMES", ("other_dropout",))
+    with pytest.raises(train.Problem, match="--dropout: a bert has no other_dropout"):
+        load(train, copied_model, "--dropout", "0.1")
+    load(train, copied_model)
+
+
+def test_library_says_all_that_it_has_to_say(train):
+    path = "/store/" + "x" * 250
+    text = f"It looks like the config file at\n '{path}/config.json' is not a valid JSON file."
+    assert path in train.one_line(OSError(text))
+    assert not train.one_line(OSError(text)).endswith(".")
+    assert len(train.one_line(OSError("word " * 1000))) <= 500
+    assert "'frobnicate'" in train.one_line(KeyError("frobnicate"))
 
 
 def test_model_that_is_not_there(refused, tmp_path):

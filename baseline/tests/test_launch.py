@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,18 @@ def slow(project):
     return SLOW | {"BASH_ENV": str(profile)}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("number", "everyone"), [(signal.SIGUSR1, False), (signal.SIGINT, True)])
+QUICK = ["baseline/run.sbatch: train.py imports", "DISTRIBUTED/run_2x2.sbatch: the ranks import"]
+ONE_OR_ALL = [(signal.SIGUSR1, False), (signal.SIGINT, True)]
+EACH = itertools.product(MOMENTS, ONE_OR_ALL)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "everyone"),
+    [
+        pytest.param(moment, *how, marks=[] if moment in QUICK else pytest.mark.slow)
+        for moment, how in EACH
+    ],
+)
 def test_a_stop_counts_at_any_moment(project, slow, moment, number, everyone):
     """A terminal sends Ctrl-C to all processes, SLURM its warning to the script alone."""
     script = moment.split(":")[0]
@@ -257,6 +268,99 @@ def test_of_an_array_only_this_task_goes_back(project):
     job = project.slurm() | {"SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "4"}
     ask_to_stop(project, "baseline/run.sbatch", "TRAIN", signal.SIGUSR1, **job)
     assert requeues(project) == ["requeue 123456_4"]
+
+
+@pytest.mark.parametrize("script", SBATCH, ids=lambda p: p.name)
+def test_a_stop_counts_before_the_project_is_found(project, script):
+    """The scripts' own first lines: a slow file system can take its time to find job.sh."""
+    copy = project.root.parent / "slurm_script"
+    text = script.read_text()
+    assert text.count("\nfor root in ") == 1
+    copy.write_text(text.replace("\nfor root in ", "\necho BEGUN; sleep 1\nfor root in "))
+    job = project.slurm(nodes=2) | {"VENV": str(project.venv)}
+    process = project.start("bash", copy, "--sample", "--output", "out", **job)
+    assert process.stdout.readline() == "BEGUN\n"
+    process.send_signal(signal.SIGUSR1)
+    output, error = process.communicate(timeout=25)
+    assert process.returncode == 75 and told(output) == [], error
+    assert requeues(project) == ["requeue 123456"]
+
+
+def test_a_job_that_was_cancelled_stays_so(project):
+    """Though its time is nearly up too; and of several signals none is lost or kills."""
+    job = project.slurm() | {"VENV": str(project.venv), "STUB_TRAIN": "30"}
+    # Deaf for a second: the request is kept until it is asked for.
+    stub = project.root / "baseline/train.py"
+    text = stub.read_text().replace("until = time", "time.sleep(1)\nuntil = time")
+    stub.write_text(text)
+    process = project.start("bash", "baseline/run.sbatch", "--output", "out", **job)
+    for line in process.stdout:
+        if line.startswith("TRAIN"):
+            break
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+        time.sleep(0.2)
+    output, error = process.communicate(timeout=25)
+    assert process.returncode == 75 and "SAVED" in output, error
+    assert requeues(project) == []
+
+
+@BOTH
+def test_what_slurm_preempts_with_a_grace_goes_back(project, script):
+    """SLURM then tells the ranks, and not the script: they end by themselves. TRAIN ends with 75, or
+    in a rank with 0, if the file stop is there; nobody has asked the script."""
+    job = project.slurm() | {"VENV": str(project.venv), "STUB_TRAIN": "30"}
+    for preempted, wanted in (("None", []), ("2026-11-28T11:20:02", ["requeue 123456"])):
+        surroundings = job | {"STUB_PREEMPTED": preempted}
+        given = ("--sample", "--output", f"out-{preempted[:4]}")
+        process = project.start("bash", script, *given, **surroundings)
+        for line in process.stdout:
+            if line.startswith("TRAIN") and "--prepare" not in line:
+                (project.root / given[-1]).mkdir(exist_ok=True)
+                (project.root / given[-1] / "stop").touch()
+                break
+        output, error = process.communicate(timeout=25)
+        assert process.returncode == 75 and "SAVED" in output, error
+        assert requeues(project) == wanted
+
+
+def test_starts_that_save_nothing_end_after_three(project):
+    def start(number, saves=False, **more):
+        checkpoint = project.root / "out/checkpoint.pt"
+        if saves:
+            stub.write_text(f"open({str(checkpoint)!r}, 'w').write('{number}')\n{text}")
+            os.utime(checkpoint, (number, number)) if checkpoint.exists() else None
+        else:
+            stub.write_text(text)
+        job = project.slurm() | {"SLURM_RESTART_COUNT": str(number)} | more
+        given = ("baseline/run.sbatch", "TRAIN", signal.SIGUSR1, "--output", "out")
+        return ask_to_stop(project, *given, **job)
+
+    stub = project.root / "baseline/train.py"
+    text = stub.read_text()
+    for number in range(2):
+        assert "goes back to the queue" in start(number).output
+    assert "goes back to the queue" in start(2, saves=True).output, "it makes progress"
+    for number in range(3, 5):
+        assert "goes back to the queue" in start(number).output
+    last = start(5)
+    assert last.returncode == 75 and "goes back" not in last.output
+    assert "three starts in a row have saved nothing" in last.error
+    assert len(requeues(project)) == 5
+    # Submitted again, it is counted anew.
+    assert "goes back to the queue" in start(0).output
+    assert (
+        project.script("baseline/run.sbatch", "--output", "out", **project.slurm()).returncode == 0
+    )
+    assert not (project.root / "out/.starts").exists()
+
+
+def test_a_limit_shorter_than_its_warning_is_told(project):
+    for limit, told_so in (("2:00", True), ("1:00:00", False)):
+        job = project.slurm() | {"STUB_LIMIT": limit}
+        given = ("baseline/run.sbatch", "TRAIN", signal.SIGUSR1, "--output", limit)
+        answer = ask_to_stop(project, *given, **job)
+        assert ("a limit of 2:00 is too short for a warning" in answer.error) == told_so
 
 
 def test_a_job_warned_before_it_trains_goes_back_too(project, slow):
@@ -335,12 +439,77 @@ def test_an_unfinished_run_and_a_finished_one_are_left_alone(project):
     assert text == "of the run"
 
 
-# 5. DISTRIBUTED/run_2x2.sbatch: the nodes
+# 5. Compiled code, on the node's own disk
+
+
+def archives(project):
+    return sorted((project.root / ".cache").glob("compiled-*"))
+
+
+@BOTH
+def test_compiled_code_is_unpacked_on_the_node_and_kept_once(project, script):
+    nodes = 2 if "2x2" in script else 1
+    job = project.slurm(nodes=nodes)
+    first = project.script(script, "--sample", "--output", "one", **job)
+    assert first.returncode == 0 and first.error == ""
+    assert first.output.count("COMPILED") == nodes and "KNOWN" not in first.output
+    (archive,) = archives(project)
+    written = archive.stat().st_mtime_ns
+    again = project.script(script, "--sample", "--output", "two", **job)
+    assert again.output.count("KNOWN") == nodes and "COMPILED" not in again.output
+    folders = re.findall(r"^KNOWN (.*)", again.output, re.MULTILINE)
+    assert len(set(folders)) == nodes
+    for folder in folders:
+        assert not folder.startswith(str(project.root)), "shared file systems give it trouble"
+        assert not Path(folder).exists(), "it is left on the node"
+    assert archives(project) == [archive] and archive.stat().st_mtime_ns == written
+    # Another torch has an archive of its own.
+    (project.bin / "nvidia-smi").write_text("#!/bin/sh\necho GPU: another\n")
+    other = project.script(script, "--sample", "--output", "three", **job)
+    assert other.output.count("COMPILED") == nodes and len(archives(project)) == 2
+
+
+def test_a_damaged_archive_is_ignored_and_replaced(project):
+    project.script("baseline/run.sbatch", "--output", "one")
+    (archive,) = archives(project)
+    whole = archive.read_bytes()
+    foreign = project.root / "foreign"
+    foreign.mkdir()
+    (foreign / "made-with").write_text("another torch\n")
+    project.run("tar", "-czf", "foreign.tar.gz", "-C", foreign, ".")
+    for number, content in enumerate(
+        [b"", whole[:-20], (project.root / "foreign.tar.gz").read_bytes()]
+    ):
+        archive.write_bytes(content)
+        answer = project.script("baseline/run.sbatch", "--output", f"again-{number}")
+        assert answer.returncode == 0 and "COMPILED" in answer.output
+        (line,) = answer.error.splitlines()
+        assert line.endswith(f"{archive.name} is damaged or was not made here: it is ignored")
+        answer = project.script("baseline/run.sbatch", "--output", f"then-{number}")
+        assert answer.error == "" and "KNOWN" in answer.output
+
+
+def test_code_that_cannot_be_kept_costs_no_run(project):
+    (project.root / "file").touch()
+    answer = project.script("baseline/run.sbatch", SQUAD_CACHE=str(project.root / "file"))
+    assert answer.returncode == 0
+    (line,) = answer.error.splitlines()
+    assert "the compiled code is not kept" in line
+    own = project.root / "own"
+    given = {"TORCHINDUCTOR_CACHE_DIR": str(own), "TRITON_CACHE_DIR": f"{own}/triton"}
+    answer = project.script("baseline/run.sbatch", "--output", "out", **given)
+    assert f"COMPILED {own}\n" in answer.output and archives(project) == []
+
+
+# 6. DISTRIBUTED/run_2x2.sbatch: the nodes
 
 
 def test_two_nodes_get_what_they_need(project):
     script = "DISTRIBUTED/run_2x2.sbatch"
-    answer = project.script(script, "--sample", **project.slurm(nodes=2, gpus=2))
+    job = project.slurm(nodes=2, gpus=2)
+    # As a shell within another allocation leaves it; srun refuses it beside the job's own.
+    job["SLURM_MEM_PER_CPU"] = "100"
+    answer = project.script(script, "--sample", **job)
     assert answer.returncode == 0, answer.error
     agents = words(answer.output, "TORCHRUN")
     assert sorted(value(agent, "--node-rank") for agent in agents) == ["0", "1"]
@@ -429,7 +598,7 @@ def test_the_transport_that_nccl_chose_is_told(project):
     assert "connected" not in other.output, "it is the user's own log then"
 
 
-# 6. The ladder, the scaling, the preparation
+# 7. The ladder, the scaling, the preparation
 
 
 def test_the_ladder_changes_one_thing_a_rung(project):

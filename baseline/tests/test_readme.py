@@ -32,10 +32,10 @@ CHANGES = dict(CHANGE.findall(PAGES["baseline/README.md"]))
 # Options of other programs: sbatch, srun, git, pip, TensorBoard, ssh.
 OTHERS_OPTIONS = {"--gres", "--gpus", "--mem", "--wrap", "--hint", "--kill-on-bad-exit"}
 OTHERS_OPTIONS |= {"--logdir", "--format", "--grep", "--fixed-strings", "--detach", "--force"}
-OTHERS_OPTIONS |= {"--directory", "--help"}
+OTHERS_OPTIONS |= {"--directory", "--help", "--time", "--signal", "--array"}
 # The other half of an option that can be switched off.
 SWITCHED_OFF = {"--no-compile", "--no-profile"}
-SBATCH_OPTIONS = {"-N", "-A", "-p", "-t", "-c", "--gres"}
+SBATCH_OPTIONS = {"-N", "-A", "-p", "-t", "-c", "--gres", "--array"}
 # What other programs say, in the table of troubles.
 OTHERS_WORDS = {"driver too old"}
 

@@ -494,6 +494,15 @@ def places(holder):
             yield from places(value)
 
 
+def test_runs_on_a_gpu_that_computes_nothing_are_refused(tmp_path):
+    """.ci/fake-gpu names its devices so that no times of theirs get into a table."""
+    real = make_run(tmp_path / "real")
+    fake = make_run(tmp_path / "fake", environment={"devices": [f"FAKE {A100}"]})
+    for words in ([fake], [real, fake], ["--table", "times", fake], ["--chart", "runs", fake]):
+        line = refusal(*words)
+        assert str(fake) in line and "computes nothing" in line and "times" in line
+
+
 def test_no_value_ends_in_a_traceback(tmp_path):
     """Each field in turn of another kind: a table, or one line and exit code 2."""
     module = load_script("report.py")

@@ -121,6 +121,7 @@ RESULTS = {
     "environment": dict,
     "evaluations": list,
     "resumed_from_steps": list,
+    "lives": list,
     "restarts": int,
     "scorer": str,
     "paper": dict,
@@ -269,6 +270,17 @@ def test_no_epochs_only_evaluate(sample, start, tmp_path):
         assert results[name] is None
     assert read(output, "timings.json")["intervals"] == []
     assert "not measured" in command(sys.executable, BASELINE / "report.py", output).stdout
+
+
+def test_files_are_for_those_whom_the_umask_lets(start, tmp_path):
+    """Also the weights, which safetensors would keep from all others."""
+    patch = "os.umask(0o027)\n"
+    words = (*SMALL, "--profile", "--max-steps", 8, "--output", tmp_path / "run")
+    start(*words, patch=patch).end()
+    paths = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert len(paths) > 10
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
 
 
 # 2. train.py alone
