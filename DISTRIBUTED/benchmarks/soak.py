@@ -28,8 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / ".ci/slurm-cluster"
-WORDS = ["--sample", "--epochs", "60", "--dropout", "0.1", "--log-every", "1"]
-WORDS += ["--save-every", "20", "--no-profile", "--device", "cpu"]
+WORDS = ["--sample", "--batch-size", "4", "--max-steps", "1440", "--dropout", "0.1"]
+WORDS += ["--log-every", "1", "--save-every", "20", "--no-profile", "--device", "cpu"]
 STEPS = 1440
 # So near its end a training is left alone: what is done to it could come too late.
 LAST_STEPS = 60
