@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / ".ci/slurm-cluster"
 WORDS = ["--sample", "--batch-size", "4", "--max-steps", "1440", "--dropout", "0.1"]
@@ -154,9 +156,14 @@ class Training:
         return ranks
 
     def read_losses(self):
-        timings = json.loads((self.output / "timings.json").read_text())
+        """Returns each step's loss, learning rate and gradient norm, of a stopped training too."""
+        if self.finished():
+            intervals = json.loads((self.output / "timings.json").read_text())["intervals"]
+        else:
+            checkpoint = torch.load(self.output / "checkpoint.pt", weights_only=True)
+            intervals = checkpoint["state"]["intervals"]
         names = ("step", "loss", "learning_rate", "gradient_norm")
-        return [[interval[name] for name in names] for interval in timings["intervals"]]
+        return [[interval[name] for name in names] for interval in intervals]
 
 
 # 2. What is done to it. Each returns when the job has gone back to the queue, has ended, or trains
@@ -260,25 +267,35 @@ def disturb(training, draw):
 # 3. The trainings, one after the other
 
 
-def train(training, records, note, enough, seed):
-    """Brings a training to its end, disturbed until enough() says so."""
+def train(training, disturbances, note, enough, seed):
+    """Disturbs a training until it is near its end, or enough() says so."""
     training.submit()
     training.wait_for_checkpoint()
     disturbed_at = time.monotonic()
     while not enough():
-        draw = random.Random(f"{seed} {len(records)}")
+        draw = random.Random(f"{seed} {len(disturbances)}")
         due = disturbed_at + draw.uniform(*SECONDS_BETWEEN)
         training.wait(lambda due=due: time.monotonic() > due, "time")
         if training.finished() or (training.step() or STEPS) > STEPS - LAST_STEPS:
-            break
+            return
         seconds = time.monotonic() - disturbed_at
         disturbed_at = time.monotonic()
         record = disturb(training, draw)
         if record:
             note(record | {"seconds_since_the_last": round(seconds, 1)})
+
+
+def finish(training):
     training.wait(lambda: False, "end", seconds=3600)
-    if training.state()[0] != "COMPLETED":
+    if not training.finished():
         raise Wrong(f"job {training.job} is {training.state()}, by itself: see its log")
+
+
+def compare(training, losses):
+    """Returns how a training's losses are those of a calm one: a line for the log."""
+    own = training.read_losses()
+    different = [own_step[0] for own_step, calm_step in zip(own, losses) if own_step != calm_step]
+    return {"training": training.output.name, "steps": len(own), "different": different}
 
 
 def train_all(options):
@@ -286,7 +303,7 @@ def train_all(options):
     path = options.folder / "log.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     disturbances = [record for record in records if "disturbance" in record]
-    trainings = [record for record in records if "equal" in record]
+    trainings = [record for record in records if "steps" in record]
     deadline = time.monotonic() + 60 * options.minutes
 
     def note(record):
@@ -295,26 +312,44 @@ def train_all(options):
             file.write(json.dumps({"time": time.strftime("%F %T")} | record) + "\n")
         print(f"{len(disturbances)}: {record}", flush=True)
 
+    def late():
+        return time.monotonic() > deadline
+
     def enough():
-        return len(disturbances) >= options.count or time.monotonic() > deadline
+        return len(disturbances) >= options.count or late()
 
     calm = Training(options.folder / "calm")
-    train(calm, disturbances, note, lambda: True, options.seed)
+    if not calm.finished():
+        calm.submit()
+        finish(calm)
     losses = calm.read_losses()
     assert len(losses) == STEPS
     while not enough():
         training = Training(options.folder / f"training-{len(trainings) + 1}")
         train(training, disturbances, note, enough, options.seed)
-        different = [a[0] for a, b in zip(losses, training.read_losses(), strict=True) if a != b]
-        note({"training": training.output.name, "equal": not different, "different": different[:9]})
+        if late():
+            break
+        finish(training)
+        note(compare(training, losses))
+    # Without time to finish it, the last one is stopped where it is; the next call goes on with it.
+    cancel_all()
+    training = Training(options.folder / f"training-{len(trainings) + 1}")
+    if disturbances and disturbances[-1]["training"] == training.output.name:
+        trainings.append(compare(training, losses))
     return calm, disturbances, trainings
+
+
+def cancel_all():
+    call("scancel", "--name=soak")
+    while call("squeue", "--noheader", "--name=soak"):
+        time.sleep(1)
 
 
 # 4. The table
 
 
 def make_rows(disturbances, trainings):
-    equal = [training["training"] for training in trainings if training["equal"]]
+    equal = [training["training"] for training in trainings if not training["different"]]
     groups = collections.defaultdict(list)
     for one in disturbances:
         groups[one["disturbance"]].append(one)
@@ -342,13 +377,14 @@ def make_rows(disturbances, trainings):
 def make_table(calm, disturbances, trainings):
     machine = json.loads((calm.output / "results.json").read_text())["environment"]
     between = statistics.median(one["seconds_since_the_last"] for one in disturbances)
-    equal = sum(training["equal"] for training in trainings)
+    steps = sum(training["steps"] for training in trainings)
+    different = sum(len(training["different"]) for training in trainings)
     conditions = (
         f"test cluster on one machine, {call('sinfo', '--version')}: two ranks on two nodes train"
         f" the sample's BERT for {STEPS:,} steps, saving every 20, with dropout; something is done"
         f" every {SECONDS_BETWEEN[0]} to {SECONDS_BETWEEN[1]} s ({between:.0f} in the median, as"
-        f" there has to be a new checkpoint); the losses of {equal} of {len(trainings)} trainings"
-        f" are a calm one's at all {STEPS:,} steps"
+        f" there has to be a new checkpoint); compared with a calm one: {steps:,} steps of"
+        f" {len(trainings)} trainings, {different} differ"
     )
     columns = ["what was done to the job", "tried", "went on by itself", "submitted again"]
     columns += ["lost", "losses bit for bit", "seconds to the next checkpoint"]
@@ -378,9 +414,7 @@ def main():
     options.folder.mkdir(parents=True, exist_ok=True)
     # A sum does not depend on how many cores are free.
     os.environ["OMP_NUM_THREADS"] = "1"
-    call("scancel", "--name=soak")
-    while call("squeue", "--noheader", "--name=soak"):
-        time.sleep(1)
+    cancel_all()
     try:
         calm, disturbances, trainings = train_all(options)
     except Wrong as wrong:
