@@ -1,6 +1,6 @@
 """Disturbs trainings on two nodes at random, goes on as a user would, and compares their losses.
 
-    eval "$(.ci/slurm-cluster up)" && python DISTRIBUTED/benchmarks/soak.py [--count N] [--minutes M]
+    eval "$(.ci/slurm-cluster up)" && python DISTRIBUTED/benchmarks/soak.py [--minutes M]
 
 As root. A rank on each node of .ci/slurm-cluster, two in all, trains the sample's BERT, again and
 again. Every 15 to 40 s, and not before a new checkpoint, something is done to the job. What SLURM

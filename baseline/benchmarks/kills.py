@@ -175,10 +175,10 @@ def main():
     rows.append(["in all", options.count, f"{equal} of {options.count}"])
     table = {
         "title": "Killed (SIGKILL) at random moments",
-        "conditions": f"{trainings} trainings as above, saving every 3 steps, evaluating each epoch;"
-        " each killed at moments drawn evenly from its start to its end, also while going on, until"
-        " it was through; losses, norms, scores, answers and weights compared with a calm one's;"
-        " most lives are forks of a process that has imported the libraries",
+        "conditions": f"{trainings} trainings as above, saving every 3 steps, evaluating each"
+        " epoch; each killed at moments drawn evenly from its start to its end, also while going"
+        " on, until it was through; losses, norms, scores, answers and weights compared with a calm"
+        " one's; most lives are forks of a process that has imported the libraries",
         "columns": ["killed while", "tried", "all bit for bit"],
         "rows": rows,
         "environment": measuring.describe_machine(measuring.load_train()),
