@@ -216,7 +216,9 @@ def test_trace_that_torch_writes(tmp_path):
     assert 0 < computing <= 100 and exposed == communication == 0
     assert abs(computing + idle - 100) < 0.2
     own_times = [float(row[2]) for row in table_rows(text) if row[0].startswith("`")]
-    assert len(own_times) == 10 and sum(own_times) <= milliseconds * computing / 100 + 0.01
+    assert len(own_times) == 10
+    # Ten numbers of two digits, and a share of one.
+    assert sum(own_times) <= milliseconds * computing / 100 * 1.01 + 0.1
     phases = report("--table", "phases", run)
     assert "| run | data | forward | backward | optimizer |" in phases
     assert "| run, rank 0 (trace) |" in phases
