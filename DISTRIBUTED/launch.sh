@@ -46,10 +46,12 @@ start_ranks() {  # COMMAND...: on each node
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         # srun would take these for options; of the shell that called sbatch, they contradict these.
         unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE
-        # When one node's ranks die, the others are ended too. srun 22.05 forgets --cpus-per-task.
+        # When one node's ranks die, the others are ended too. srun 22.05 forgets --cpus-per-task;
+        # the node's one task here gets the cores of all that sbatch was asked for.
+        local cpus=$((${SLURM_CPUS_PER_TASK:-0} * ${SLURM_NTASKS_PER_NODE:-1}))
         srun --export=ALL --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
             --nodelist="$hosts" --kill-on-bad-exit=1 \
-            ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$((SLURM_CPUS_PER_TASK * ${SLURM_NTASKS_PER_NODE:-1}))"} "$@"
+            ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$cpus"} "$@"
         return
     fi
     for ((node = 0; node < NODES; node++)); do

@@ -1,6 +1,6 @@
 # Compiled code on the node's own disk, as many small files on a shared file system are slow, and
 # go stale. $SQUAD_CACHE has one archive of it for each torch, Python and kind of node: unpacked at
-# the start, written back at the end. job.sh and node.sh source this. It never costs a run its result.
+# the start, written back at the end. It never costs a run its result. job.sh and node.sh source it.
 # shellcheck shell=bash
 compiled=''
 

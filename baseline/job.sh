@@ -83,8 +83,7 @@ finish() {
     if [ "$code" = 75 ] && [ -n "$job_id" ] && [ -z "${PART_OF:-}" ]; then
         if [ "$stopped_by" = USR1 ]; then
             if makes_progress; then go_back; fi
-        elif [ -z "$stopped_by" ] && [[ $(scontrol show job "$job_id") == *PreemptTime=[0-9]* ]]; then
-            # With GraceTime SLURM first tells only srun's processes, which have ended now.
+        elif [ -z "$stopped_by" ] && is_preempted; then
             echo "$name: preempted"
             go_back
         fi
@@ -93,6 +92,9 @@ finish() {
     fi
     exit "$code"
 }
+
+# With GraceTime SLURM first tells only srun's processes, which have ended when this is asked.
+is_preempted() { [[ $(scontrol show job "$job_id") == *PreemptTime=[0-9]* ]]; }
 
 go_back() {
     echo "$name: job $job_id goes back to the queue and goes on later"
@@ -112,8 +114,8 @@ makes_progress() {
     mkdir -p -- "$folder"
     date >>"$folder/.starts"
     if [ "$(wc -l <"$folder/.starts")" -ge 3 ]; then
-        say "three starts in a row have saved nothing: it does not go back to the queue. Submit it" \
-            "again with more time (--time)"
+        say "three starts in a row have saved nothing: it does not go back to the queue." \
+            "Submit it again with more time (--time)"
         rm -f -- "$folder/.starts"
         return 1
     fi

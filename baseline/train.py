@@ -1251,6 +1251,7 @@ def make_profiler(folder, skipped_steps, device, state):
 # change where and how fast a step is computed, at most its rounding, but not which step it is.
 SETTINGS = ["limit", "max_length", "stride", "epochs", "max_steps", "batch_size", "accumulate"]
 SETTINGS += ["learning_rate", "warmup", "weight_decay", "dropout", "seed", "batching", "precision"]
+SETTINGS += ["fused"]  # torch's optimisers take it from a checkpoint, whatever was asked for
 
 
 def settings_of(args, features):
@@ -1312,9 +1313,9 @@ def load_checkpoint(output, settings):
     except Exception as error:  # pickle, zipfile and torch each have their own
         raise Problem(f"{path} cannot be read ({type(error).__name__}): remove it to start anew")
     different = [
-        f"--{name.replace('_', '-')} (was {saved.get(name)}, now {settings[name]})"
+        f"--{name.replace('_', '-')} (was {saved[name]}, now {settings[name]})"
         for name in settings
-        if saved.get(name) != settings[name]
+        if name in saved and saved[name] != settings[name]  # an earlier train.py has fewer
     ]
     if different:
         what = ", ".join(different)
@@ -2090,13 +2091,15 @@ def check_files(args):
         raise Problem(f"--{option.replace('_', '-')} {path}: {what}")
 
 
-def check_cpu_hours(args, model, plan):
+def check_cpu_hours(args, model, plan, checkpoint):
     """Raises Problem where a CPU would take hours, unless --device cpu says that this is meant."""
     weights = model.num_parameters(exclude_embeddings=True)
     flops_per_second = 2e10 * torch.get_num_threads()  # what a core reaches in training, measured
-    hours = 6 * weights * int(plan["computed"].sum()) / flops_per_second / 3600 if plan else 0
+    done = checkpoint["state"]["step"] if checkpoint else 0
+    tokens = int(plan["computed"][done:].sum()) if plan else 0
+    hours = 6 * weights * tokens / flops_per_second / 3600
     if args.device == "auto" and args.device_type == "cpu" and hours > CPU_HOURS:
-        what = f"{len(plan['features']):,} steps of {args.batch_size} features take a CPU"
+        what = f"{len(plan['features']) - done:,} steps of {args.batch_size} features take a CPU"
         gpu = "ask for a GPU (--gres)" if "SLURM_JOB_ID" in os.environ else "use sbatch"
         less = "--limit N" if args.sample else "--sample or --limit N"
         fix = f"{gpu}, {less}; --device cpu goes on regardless"
@@ -2209,7 +2212,7 @@ def run_in(output, args):
     settings = settings_of(args, features)
     checkpoint = load_checkpoint(output, settings) if output else None
     if output:
-        check_cpu_hours(args, model, plan)
+        check_cpu_hours(args, model, plan, checkpoint)
     if args.prepare:
         log(f"ready: model, data and features ({CACHE}); a run needs no internet now")
         return 0

@@ -82,20 +82,6 @@ config = transformers.BertConfig(vocab_size=len(tokenizer), num_hidden_layers=in
 torch.manual_seed(0)
 transformers.BertForQuestionAnswering(config).save_pretrained(model_folder)
 tokenizer.save_pretrained(model_folder)
-import sys
-
-import torch
-import transformers
-
-tokenizer_folder, model_folder, layers = sys.argv[1:]
-device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-print(torch.__version__, transformers.__version__, device)
-transformers.logging.disable_progress_bar()
-tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
-config = transformers.BertConfig(vocab_size=len(tokenizer), num_hidden_layers=int(layers))
-torch.manual_seed(0)
-transformers.BertForQuestionAnswering(config).save_pretrained(model_folder)
-tokenizer.save_pretrained(model_folder)
 END
 
 # 1. Is it right? Each fast way against the plain one.

@@ -341,6 +341,7 @@ def test_other_settings_are_named(start, tmp_path):
     start(*words, patch=in_step(2, send("SIGTERM"))).end(75)
     before = (output / "checkpoint.pt").read_bytes()
     other = ("--seed", 7, "--learning-rate", 0.002, "--batching", "bucketed", "--limit", 20)
+    other += ("--no-fused",)
     line = last_line(start(*words, *other).end(2))
     assert line.startswith(f"error: {output}/checkpoint.pt has other settings: ")
     for change in (
@@ -348,6 +349,7 @@ def test_other_settings_are_named(start, tmp_path):
         "--learning-rate (was 0.001, now 0.002)",
         "--batching (was packed, now bucketed)",
         "--limit (was 24, now 20)",
+        "--fused (was True, now False)",
     ):
         assert change in line
     assert "--epochs" not in line and "--log-every" not in line
