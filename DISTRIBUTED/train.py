@@ -523,6 +523,7 @@ def read_documents(path):
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
+        # What json says of a second document: so these may be JSON lines.
         lines = parse_lines(error.doc) if getattr(error, "msg", None) == "Extra data" else []
         if not lines or isinstance(lines[0][1], Problem):
             raise Problem(f"{path}: not JSON ({error}): {fix_json(error)}")
@@ -560,8 +561,9 @@ def fix_json(error):
 
 
 def find_questions(document_place, document):
-    """Yields (place, question) of each question of SQuAD's nesting, with its context in it. What is
-    less nested, such as a record, is its own article, paragraph or question."""
+    """Yields (place, question) of each question of SQuAD's nesting, with its context in it:
+    {"data": [{"paragraphs": [{"context", "qas": [question]}]}]}. What is less nested, such as a
+    record, is its own article, paragraph or question."""
     for article_place, article in children(document_place, document, "data"):
         for paragraph_place, paragraph in children(article_place, article, "paragraphs"):
             questions = list(children(paragraph_place, paragraph, "qas"))
@@ -993,7 +995,8 @@ def pack_rows(sizes):
     ends = np.maximum(sizes, 1).cumsum(axis=2)
     last_ends = ends[:, :, -1:]
     longest = max(int(sizes.max()), 2)
-    # Enough pieces that none is longer than the longest feature, and room for a token in each.
+    # Enough pieces that none is longer than the longest feature, and room for a token in each;
+    # 7 is the most that rounding up to eights adds.
     spread = int(last_ends.max() - last_ends.min())
     pieces = math.ceil((spread + 7) / (longest - 1))
     row_tokens = math.ceil((int(last_ends.max()) + pieces) / 8) * 8  # tensor cores take eights
@@ -2438,7 +2441,7 @@ def run_in(output, args):
     steps = len(plan["features"]) if plan else 0
     settings = settings_of(args, features)
     checkpoint = load_checkpoint(output, settings) if output else None
-    if output:
+    if output:  # not for prepare.sh, which runs on a login node for jobs with a GPU
         check_cpu_hours(args, model, plan, checkpoint)
     if args.prepare:
         log(f"ready: model, data and features ({CACHE}); a run needs no internet now")
@@ -2509,7 +2512,7 @@ def stopped(output, state):
 
 def keep_signals():
     """Puts Python's handlers of signals back in their place: Triton's compiler brings LLVM's own,
-    which end the process, or hear nothing."""
+    which end the process, or hear nothing. Called at each step, as any may have compiled."""
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.getsignal(number))
 

@@ -325,6 +325,7 @@ def read_documents(path):
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
+        # What json says of a second document: so these may be JSON lines.
         lines = parse_lines(error.doc) if getattr(error, "msg", None) == "Extra data" else []
         if not lines or isinstance(lines[0][1], Problem):
             raise Problem(f"{path}: not JSON ({error}): {fix_json(error)}")
@@ -362,8 +363,9 @@ def fix_json(error):
 
 
 def find_questions(document_place, document):
-    """Yields (place, question) of each question of SQuAD's nesting, with its context in it. What is
-    less nested, such as a record, is its own article, paragraph or question."""
+    """Yields (place, question) of each question of SQuAD's nesting, with its context in it:
+    {"data": [{"paragraphs": [{"context", "qas": [question]}]}]}. What is less nested, such as a
+    record, is its own article, paragraph or question."""
     for article_place, article in children(document_place, document, "data"):
         for paragraph_place, paragraph in children(article_place, article, "paragraphs"):
             questions = list(children(paragraph_place, paragraph, "qas"))
@@ -792,7 +794,8 @@ def pack_rows(sizes):
     ends = np.maximum(sizes, 1).cumsum(axis=2)
     last_ends = ends[:, :, -1:]
     longest = max(int(sizes.max()), 2)
-    # Enough pieces that none is longer than the longest feature, and room for a token in each.
+    # Enough pieces that none is longer than the longest feature, and room for a token in each;
+    # 7 is the most that rounding up to eights adds.
     spread = int(last_ends.max() - last_ends.min())
     pieces = math.ceil((spread + 7) / (longest - 1))
     row_tokens = math.ceil((int(last_ends.max()) + pieces) / 8) * 8  # tensor cores take eights
@@ -1592,11 +1595,9 @@ class StepGraph:
         self.args = args
         self.optimizer = optimizer
         self.plan = plan
-        self.input = dict(plan)
-        for name in plan:
-            if name.startswith("device_"):
-                self.input[name] = plan[name][:1].clone()
-        self.interval = Interval(device, longest=1, first_step=0)
+        self.copied = [name for name in plan if name.startswith("device_")]
+        self.one_step = plan | {name: plan[name][:1].clone() for name in self.copied}
+        self.own_interval = Interval(device, longest=1, first_step=0)
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         learning_rates = [group["lr"] for group in optimizer.param_groups]
         for group, rate in zip(optimizer.param_groups, self.rates):
@@ -1608,7 +1609,7 @@ class StepGraph:
         with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
             untimed = contextlib.nullcontext
             training_step(
-                args, 0, span_model, optimizer, features, self.input, untimed, self.interval
+                args, 0, span_model, optimizer, features, self.one_step, untimed, self.own_interval
             )
         # Numbers again: replay() copies them, and a checkpoint has them.
         for group, learning_rate in zip(optimizer.param_groups, learning_rates):
@@ -1618,15 +1619,14 @@ class StepGraph:
     def replay(self, step, interval):
         """Takes the place of training_step."""
         torch.manual_seed(dropout_seed(self.args.seed, step, 0))  # replaying hands it to the GPU
-        for name in self.input:
-            if name.startswith("device_"):
-                self.input[name].copy_(self.plan[name][step])
+        for name in self.copied:
+            self.one_step[name].copy_(self.plan[name][step])
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             rate.fill_(group["lr"])
-        self.interval.losses.zero_()
+        self.own_interval.losses.zero_()
         self.graph.replay()
-        interval.add_loss(step, self.interval.losses[0])
-        interval.add_norm(step, self.interval.norms[0])
+        interval.add_loss(step, self.own_interval.losses[0])
+        interval.add_norm(step, self.own_interval.norms[0])
 
 
 def train(
@@ -2211,7 +2211,7 @@ def run_in(output, args):
     steps = len(plan["features"]) if plan else 0
     settings = settings_of(args, features)
     checkpoint = load_checkpoint(output, settings) if output else None
-    if output:
+    if output:  # not for prepare.sh, which runs on a login node for jobs with a GPU
         check_cpu_hours(args, model, plan, checkpoint)
     if args.prepare:
         log(f"ready: model, data and features ({CACHE}); a run needs no internet now")
@@ -2278,7 +2278,7 @@ def stopped(output, state):
 
 def keep_signals():
     """Puts Python's handlers of signals back in their place: Triton's compiler brings LLVM's own,
-    which end the process, or hear nothing."""
+    which end the process, or hear nothing. Called at each step, as any may have compiled."""
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.getsignal(number))
 

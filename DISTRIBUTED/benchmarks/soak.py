@@ -384,7 +384,7 @@ def make_table(calm, disturbances, trainings):
         f" the sample's BERT for {STEPS:,} steps, saving every 20, with dropout; something is done"
         f" every {SECONDS_BETWEEN[0]} to {SECONDS_BETWEEN[1]} s ({between:.0f} in the median, as"
         f" there has to be a new checkpoint); compared with a calm one: {steps:,} steps of"
-        f" {len(trainings)} trainings, {different} differ"
+        f" {len(trainings)} training(s), {different} differ"
     )
     columns = ["what was done to the job", "tried", "went on by itself", "submitted again"]
     columns += ["lost", "losses bit for bit", "seconds to the next checkpoint"]
