@@ -150,7 +150,7 @@ def make_parser():
     add("--evaluate-every", choices=["epoch", "end"], help="(default: epoch; of a part: end)")
     add("--batch-size", type=count, help="features per step (default: 32; sample: 16)")
     add("--accumulate", type=count, default=1, help="micro-batches per step (default: 1)")
-    add("--learning-rate", type=fraction, help="its peak (default: 5e-5; sample: 1e-3)")
+    add("--learning-rate", type=fraction, help="its peak (default: by the batch; sample: 1e-3)")
     add("--warmup", type=fraction, default=0.1, help="share of the steps (default: 0.1)")
     add("--weight-decay", type=fraction, default=0.01, help="of matrices (default: 0.01)")
     add("--dropout", type=fraction, help="probability (default: the model's; sample: 0)")
@@ -179,7 +179,7 @@ def make_parser():
 
 
 SAMPLE_DEFAULTS = {"epochs": 20, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0}
-USUAL_DEFAULTS = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-5}
+USUAL_DEFAULTS = {"epochs": 3, "batch_size": 32}
 
 
 def parse_arguments(argv=None):
@@ -190,6 +190,8 @@ def parse_arguments(argv=None):
     for name, value in (SAMPLE_DEFAULTS if args.sample else USUAL_DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.learning_rate is None:
+        args.learning_rate = usual_learning_rate(args.batch_size)
 
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if args.device == "cuda" and not cuda:
@@ -229,6 +231,14 @@ def parse_arguments(argv=None):
     if args.output is not None and not (args.output and args.output.isprintable()):
         raise Problem("--output: give a name of characters that can be printed")
     return args
+
+
+def usual_learning_rate(batch_size):
+    """Returns the peak for a batch of that many features: the 5e-5 of BERT's paper at 32, and in
+    proportion to the batch's square root, the rule for Adam of Malladi et al. 2022.
+
+    What others have reached at which batch stands in DISTRIBUTED/README.md, The learning rate."""
+    return 5e-5 * math.sqrt(batch_size / 32)
 
 
 def use_sample(args):
@@ -2499,6 +2509,9 @@ def log_plan(args, plan):
         f" micro-batches per step: {micro_batches}, of at most {rows} features"
         f" on each of {WORLD_SIZE} ranks"  # DIST: the global batch is all of theirs
     )
+    by_rule = args.learning_rate == usual_learning_rate(args.batch_size)
+    rule = f" = 5e-5 x sqrt(batch {args.batch_size} / 32)" if by_rule else ""
+    log(f"peak learning rate {args.learning_rate:.1e}{rule}")
 
 
 def stopped(output, state):

@@ -134,7 +134,7 @@ def make_parser():
     add("--evaluate-every", choices=["epoch", "end"], help="(default: epoch; of a part: end)")
     add("--batch-size", type=count, help="features per step (default: 32; sample: 16)")
     add("--accumulate", type=count, default=1, help="micro-batches per step (default: 1)")
-    add("--learning-rate", type=fraction, help="its peak (default: 5e-5; sample: 1e-3)")
+    add("--learning-rate", type=fraction, help="its peak (default: by the batch; sample: 1e-3)")
     add("--warmup", type=fraction, default=0.1, help="share of the steps (default: 0.1)")
     add("--weight-decay", type=fraction, default=0.01, help="of matrices (default: 0.01)")
     add("--dropout", type=fraction, help="probability (default: the model's; sample: 0)")
@@ -158,7 +158,7 @@ def make_parser():
 
 
 SAMPLE_DEFAULTS = {"epochs": 20, "batch_size": 16, "learning_rate": 1e-3, "dropout": 0.0}
-USUAL_DEFAULTS = {"epochs": 3, "batch_size": 32, "learning_rate": 5e-5}
+USUAL_DEFAULTS = {"epochs": 3, "batch_size": 32}
 
 
 def parse_arguments(argv=None):
@@ -169,6 +169,8 @@ def parse_arguments(argv=None):
     for name, value in (SAMPLE_DEFAULTS if args.sample else USUAL_DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.learning_rate is None:
+        args.learning_rate = usual_learning_rate(args.batch_size)
 
     cuda = torch.cuda.is_available() and args.device != "cpu"
     if args.device == "cuda" and not cuda:
@@ -202,6 +204,14 @@ def parse_arguments(argv=None):
     if args.output is not None and not (args.output and args.output.isprintable()):
         raise Problem("--output: give a name of characters that can be printed")
     return args
+
+
+def usual_learning_rate(batch_size):
+    """Returns the peak for a batch of that many features: the 5e-5 of BERT's paper at 32, and in
+    proportion to the batch's square root, the rule for Adam of Malladi et al. 2022.
+
+    What others have reached at which batch stands in DISTRIBUTED/README.md, The learning rate."""
+    return 5e-5 * math.sqrt(batch_size / 32)
 
 
 def use_sample(args):
@@ -1654,7 +1664,8 @@ def train(
     with make_profiler(f"{output}/tensorboard", skipped, device, state) as profiler:
         for step in range(first, steps):
             set_learning_rate(optimizer, learning_rate_factor(step, steps, args.warmup))
-            if args.cuda_graph and step == first + StepGraph.AFTER:
+            # Within the warm-up: a run of fewer than 16 steps is too short for a graph.
+            if args.cuda_graph and step == first + StepGraph.AFTER < warmup_end:
                 graph = StepGraph(args, span_model, optimizer, features, plan, device)
             if graph:
                 graph.replay(step, interval)
@@ -2265,6 +2276,9 @@ def log_plan(args, plan):
         f"{steps:,} steps ({plan['steps_per_epoch']:,} per epoch) of {args.batch_size} features;"
         f" micro-batches per step: {micro_batches}, of at most {rows} features"
     )
+    by_rule = args.learning_rate == usual_learning_rate(args.batch_size)
+    rule = f" = 5e-5 x sqrt(batch {args.batch_size} / 32)" if by_rule else ""
+    log(f"peak learning rate {args.learning_rate:.1e}{rule}")
 
 
 def stopped(output, state):

@@ -414,7 +414,7 @@ def test_preparing_takes_time_and_memory_in_proportion(train):
     quarter = examples[: len(examples) // 4]
     few = processor_seconds(lambda: build(train, quarter, tokenizer, 384, 128))
     many = processor_seconds(lambda: build(train, examples, tokenizer, 384, 128))
-    assert many < 1.6 * 4 * few
+    assert many < 10 * few, "what grows with the square takes 16 times as long"
     tracemalloc.start()
     try:
         features = build(train, examples, tokenizer, 384, 128)

@@ -568,7 +568,7 @@ def test_a_taken_port_is_told(project):
 )
 def test_the_large_batch_is_for_the_full_data_only(project, given, large):
     answer = project.script("DISTRIBUTED/run_2x2.sbatch", *given, NODES="1")
-    ahead = ["--batch-size", "512", "--learning-rate", "1e-4"] if large else []
+    ahead = ["--batch-size", "512"] if large else []
     for arguments in words(answer.output):
         assert arguments[2:] == ahead + given, "the user's come later, so they win"
     assert ("Full data" in answer.output) == large
@@ -654,20 +654,22 @@ def test_scaling_runs_each_shape_under_both_rules_and_goes_on(project):
     assert answer.returncode == 0, answer.error
     runs = {}
     for arguments, environment in told(answer.output):
-        names = ("--batch-size", "--learning-rate", "--accumulate")
+        names = ("--batch-size", "--accumulate")
         given = [value(arguments, name) for name in names]
         name = Path(value(arguments, "--output")).name
         runs.setdefault(name, (*given, environment["EXPECTED_WORLD_SIZE"]))
     assert runs == {
-        "strong-1x1-1": ("512", "1e-4", "2", "1"),
-        "strong-1x2-1": ("512", "1e-4", "1", "2"),
-        "strong-2x1-1": ("512", "1e-4", "1", "2"),
-        "strong-2x2-1": ("512", "1e-4", "1", "4"),
-        "growing-1x1-1": ("128", "5e-05", "1", "1"),
-        "growing-1x2-1": ("256", "7.07e-05", "1", "2"),
-        "growing-2x1-1": ("256", "7.07e-05", "1", "2"),
-        "growing-2x2-1": ("512", "0.0001", "1", "4"),
+        "strong-1x1-1": ("512", "2", "1"),
+        "strong-1x2-1": ("512", "1", "2"),
+        "strong-2x1-1": ("512", "1", "2"),
+        "strong-2x2-1": ("512", "1", "4"),
+        "growing-1x1-1": ("128", "1", "1"),
+        "growing-1x2-1": ("256", "1", "2"),
+        "growing-2x1-1": ("256", "1", "2"),
+        "growing-2x2-1": ("512", "1", "4"),
     }
+    for arguments, _ in told(answer.output):
+        assert "--learning-rate" not in arguments, "train.py's rule knows each row's batch"
     assert "REPORT" in answer.output
     again = project.script("DISTRIBUTED/scaling.sbatch", SCALING_REPEATS="1", **job)
     assert told(again.output) == [] and "REPORT" in again.output
@@ -675,6 +677,14 @@ def test_scaling_runs_each_shape_under_both_rules_and_goes_on(project):
         given = ("DISTRIBUTED/scaling.sbatch", "--batch-size", bad)
         assert project.script(*given, **job).returncode == 2
     assert not (project.root / "evil").exists()
+
+
+def test_a_given_learning_rate_holds_for_all_rows_of_the_scaling(project):
+    job = project.slurm(nodes=2, gpus=2) | {"SCALING_REPEATS": "1", "SCALING_SHAPES": "1x1 2x2"}
+    answer = project.script("DISTRIBUTED/scaling.sbatch", "--learning-rate=3e-5", **job)
+    assert "--learning-rate 3e-5 holds for all rows" in answer.output
+    rows = [arguments for arguments, _ in told(answer.output)]
+    assert rows and all("--learning-rate=3e-5" in arguments for arguments in rows)
 
 
 def test_preparing_leaves_its_mark_only_for_the_default_data(project):

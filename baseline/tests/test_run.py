@@ -626,6 +626,30 @@ def test_defaults_are_those_of_the_interface(train, monkeypatch):
     assert train.parse_arguments(["--limit", "9"]).evaluate_every == "end"
 
 
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        (["--batch-size", 12], 3.1e-5),
+        ([], 5e-5),
+        (["--batch-size", 512], 2e-4),
+        (["--batch-size", 512, "--learning-rate", 1e-4], 1e-4),
+        (["--sample", "--batch-size", 512], 1e-3),
+    ],
+)
+def test_learning_rate_by_the_batch(train, words, rate):
+    """As published runs support it: 5e-5 x sqrt(batch / 32)."""
+    args = train.parse_arguments([str(word) for word in words])
+    assert args.learning_rate == pytest.approx(rate, rel=0.02)
+
+
+def test_the_log_says_the_learning_rate_and_its_batch(train, capsys):
+    plan = {"features": torch.zeros(3, 1, 512), "steps_per_epoch": 3}
+    train.log_plan(train.parse_arguments(["--batch-size", "512"]), plan)
+    assert "peak learning rate 2.0e-04 = 5e-5 x sqrt(batch 512 / 32)\n" in capsys.readouterr().out
+    train.log_plan(train.parse_arguments(["--learning-rate", "1e-4"]), plan)
+    assert "peak learning rate 1.0e-04\n" in capsys.readouterr().out
+
+
 def test_learning_rate_is_a_function_of_the_step(train):
     """Up to its peak in a tenth of the steps, then down in a line to nothing."""
     factors = [train.learning_rate_factor(step, 100, 0.1) for step in range(100)]
