@@ -134,10 +134,10 @@ def test_a_graph_is_handed_each_steps_learning_rate(train, tmp_path, monkeypatch
         unpatched(graph, step, interval)
 
     monkeypatch.setattr(train.StepGraph, "replay", replay)
-    words = ["--device", "cuda", "--cuda-graph", "--max-steps", 8, "--no-compile"]
+    words = ["--device", "cuda", "--cuda-graph", "--max-steps", 16, "--no-compile"]
     with torch.cuda.stream(torch.cuda.Stream()):
         run_training(train, parse(train, *words), tmp_path, device="cuda")
-    assert kinds == [float] * 2 * 5
+    assert kinds == [float] * 2 * 13
 
 
 @pytest.mark.parametrize("more", [[], ["--cuda-graph"]], ids=["eager", "graph"])
