@@ -958,6 +958,8 @@ def plan_training(lengths, args):
     for epoch in range(args.epochs):
         batches = plan_epoch(lengths, args, epoch)
         epochs.append(deal_batches(batches, lengths, parts))
+        if args.max_steps and len(epochs) * len(epochs[0]) >= args.max_steps:
+            break
     features = np.concatenate(epochs)[: args.max_steps]
     sizes = np.where(features < 0, 0, lengths[features])  # [steps, parts, rows]
     rows = sizes.shape[2]

@@ -121,6 +121,14 @@ def test_max_steps_are_the_first_of_the_whole_plan(train, batching):
     np.testing.assert_array_equal(first["tokens"], whole["tokens"][:7])
 
 
+def test_only_the_epochs_that_are_trained_are_planned(train):
+    """A user bounds a run by its steps and gives epochs without end."""
+    lengths = np.arange(20, 60)
+    endless = parse(train, "--epochs", 10**9, "--max-steps", 7, "--batch-size", 16)
+    plan = train.plan_training(lengths, endless)
+    assert plan["features"].shape[0] == 7
+
+
 def test_widths(train):
     """padded: --max-length; else the longest, rounded up: to 8, or compiled, to few widths."""
     lengths = np.random.default_rng(0).integers(10, 201, 300)
