@@ -509,7 +509,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param("a traceback", marks=pytest.mark.slow), "one line"])
 def test_a_rank_that_fails_late_ends_the_job(tmp_path, fault):
     """By torchrun's own way: it ends the other ranks, fails itself, and the log says why."""
     fails, says, error = FAULTS[fault]

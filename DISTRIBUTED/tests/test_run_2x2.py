@@ -223,6 +223,7 @@ def test_a_stop_is_never_lost_and_never_kills(tmp_path, script, moment):
     assert not (tmp_path / "out/stop").exists() and not rank_processes("out")
 
 
+@pytest.mark.slow
 def test_one_rank_is_stopped_like_many(tmp_path):
     """torchrun would take any exit code but 0 of its only rank for a failure."""
     given = [*ENDLESS, "--strategy", "dp", "--batching", "bucketed"]

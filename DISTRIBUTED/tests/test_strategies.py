@@ -25,13 +25,23 @@ SHARDED = ["zero2", "fsdp", "hsdp"]
 STRATEGIES = ["ddp", *SHARDED]
 
 
+def slow_but_for(quick, cases):
+    """Returns the cases for parametrize; those that are not quick are run with -m slow."""
+    slow = pytest.mark.slow
+    return [case if case in quick else pytest.param(case, marks=slow) for case in cases]
+
+
 # 1. The same mathematics
 
 
-@pytest.mark.parametrize(("world", "length"), [(2, SHORT), (4, LONG)], ids=["2", "4"])
-@pytest.mark.parametrize("strategy", SHARDED)
-def test_a_sharded_strategy_trains_to_baselines_losses(ranks, strategy, world, length):
-    words = [*length, "--batching", "packed"]
+SHARES = ["zero2 2", "fsdp 2", "hsdp 2", "zero2 4", "fsdp 4", "hsdp 4"]
+
+
+@pytest.mark.parametrize("share", slow_but_for(["zero2 2", "fsdp 2", "hsdp 4"], SHARES))
+def test_a_sharded_strategy_trains_to_baselines_losses(ranks, share):
+    strategy, world = share.split()
+    world = int(world)
+    words = [*(SHORT if world == 2 else LONG), "--batching", "packed"]
     baseline = ranks.once(0, *words)
     # hsdp on 4 ranks: as on two nodes of two.
     nodes = world // 2
@@ -42,13 +52,14 @@ def test_a_sharded_strategy_trains_to_baselines_losses(ranks, strategy, world, l
     assert sharded.read("results.json")["nodes"] == nodes
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("strategy", slow_but_for(["hsdp"], SHARDED))
 def test_a_sharded_strategy_accumulates(ranks, strategy):
     words = [*SHORT, "--batching", "bucketed"]
     many = ranks.finished(4, *words, "--strategy", strategy, "--accumulate", 2, nodes=2)
     assert_same_training(ranks.once(0, *words), many, least_steps=12)
 
 
+@pytest.mark.slow  # run_2x2.sbatch's own tests start two agents with ddp
 def test_hsdp_on_two_agents_of_two_ranks(ranks, tmp_path):
     """torchrun once per node, as run_2x2.sbatch starts it; here both nodes are this machine."""
     words = [str(word) for word in [*SHORT, "--batching", "bucketed"]]
@@ -94,7 +105,7 @@ DistributedDataParallel = functools.partial(DistributedDataParallel, bucket_cap_
 """
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but_for(["ddp", "fsdp"], STRATEGIES))
 def test_layers_compile_under_each_strategy(ranks, strategy):
     """As they do on a GPU by default: the hooks around a layer do not break its graph."""
     words = [*SMALL, "--max-steps", 4, "--batching", "bucketed"]
@@ -215,7 +226,7 @@ def test_what_is_left_loads_as_transformers_says(ranks, strategy):
 # 3. Checkpoints
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", slow_but_for(["ddp", "fsdp"], STRATEGIES))
 def test_two_ranks_go_on_with_dropout(ranks, strategy):
     """Stopped twice, in the middle of an epoch. Under ddp it is the same training bit for bit."""
     words = [*SHORT, "--dropout", 0.1, "--strategy", strategy]
@@ -253,11 +264,9 @@ CHAINS = {
     "baseline ddp fsdp baseline": [(0, None), (2, "ddp"), (2, "fsdp"), (0, None)],
     "baseline hsdp zero2 baseline": [(0, None), (4, "hsdp"), (2, "zero2"), (0, None)],
 }
-QUICK = ["ddp zero2 fsdp hsdp ddp", "baseline fsdp zero2 ddp hsdp baseline"]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in CHAINS if name not in QUICK]
 
 
-@pytest.mark.parametrize("chain", [*QUICK, *SLOW])
+@pytest.mark.parametrize("chain", slow_but_for(["baseline fsdp zero2 ddp hsdp baseline"], CHAINS))
 def test_a_checkpoint_goes_on_elsewhere(ranks, chain):
     lives = CHAINS[chain]
     output = None
