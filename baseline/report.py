@@ -1285,8 +1285,9 @@ def read_power(folder):
 def ends_of_intervals(folder):
     """{step: seconds since 1970} of the log intervals' ends, from TensorBoard's events.
 
-    A life has a file of its own. It begins with the step that it went on from: what earlier lives
-    did after that step is lost, and the event of that step itself is written a second time."""
+    A life has a file of its own, which begins with the step that it went on from. What an earlier
+    life did after that step is lost, and done again; the event of that step itself is written a
+    second time, and its first one counts."""
     try:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     except ImportError:
@@ -1299,7 +1300,6 @@ def ends_of_intervals(folder):
         for event in EventFileLoader(str(path)).Load():
             if event.HasField("session_log"):
                 begins_at = event.step
-                ends = {step: end for step, end in ends.items() if step <= begins_at}
             tags = [value.tag for value in event.summary.value]
             if "training/loss" in tags and event.step > begins_at:
                 ends[event.step] = event.wall_time
