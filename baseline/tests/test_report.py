@@ -349,9 +349,13 @@ def test_energy_of_odd_samples(tmp_path):
     (run / "power-0.csv").write_text(odd)
     write_power(run, 0, lambda second: 100, [*range(70), *range(76, 101)])
     assert energy_of(run)[::2] == ["not measured", "93.0 %"]
-    cpu = make_run(tmp_path / "cpu", {"device": "cpu"}, environment=CPU)
-    shutil.copy(run / "power-0.csv", cpu)
-    assert energy_of(cpu) == ["not measured"] * 3
+
+
+def test_a_cpu_s_run_beside_a_gpu_has_no_energy(tmp_path):
+    run = make_powered_run(tmp_path / "run", [10.0], {"device": "cpu"})
+    write_events(run, {10: 10})
+    write_power(run, 0, lambda second: 100, range(11))
+    assert energy_of(run) == ["not measured"] * 3
 
 
 def test_when_train_py_trained(start, tmp_path):
