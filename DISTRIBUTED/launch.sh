@@ -37,6 +37,7 @@ MASTER_PORT=$free_port
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}
 if [ -z "${NCCL_DEBUG:-}" ]; then export NCCL_LOG=$scratch/nccl; fi
 export NODES RANKS GPUS_PER_NODE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+export POWER_FOLDER=$output  # each node samples the power of its own GPUs into it
 export EXPECTED_WORLD_SIZE=$((NODES * RANKS))  # train.py --prepare checks the arguments for them
 
 # 2. Starting them. Each node runs node.sh, which starts torchrun, which starts the node's ranks.

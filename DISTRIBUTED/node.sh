@@ -42,6 +42,7 @@ fi
 scratch=$(mktemp -d 2>/dev/null || mktemp -d -p /tmp)  # TMPDIR may be another node's
 trap 'rm -rf "$scratch"' EXIT
 source "$root/baseline/compiled.sh"
+source "$root/baseline/power.sh"
 unpack_compiled "$scratch/compiled"
 
 interface=${NCCL_SOCKET_IFNAME:-${GLOO_SOCKET_IFNAME:-}}
@@ -55,6 +56,7 @@ python -m torch.distributed.run --nnodes="$NODES" --nproc-per-node="$RANKS" --no
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-conf=timeout=120 \
     "${options[@]}" "$@" &
 agent=$!
+sample_power "$POWER_FOLDER" "$agent" "$node"
 
 # torchrun waits for the other nodes in silence, and starts the ranks when all are there.
 SECONDS=0

@@ -7,6 +7,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 trap '' PIPE  # Ctrl-C ends `| tee` too, and then nothing that is said must end this script
 say() { echo "$name: $*" >&2 || true; }
 source "$root/baseline/compiled.sh"
+source "$root/baseline/power.sh"
 
 # 1. The run's folder: the --output among the arguments, or a new one.
 
@@ -148,6 +149,11 @@ note_gpus() {  # before | after
     fields+=,temperature.gpu
     "${ask[@]}" --query-gpu="$fields,clocks_throttle_reasons.active" >"$file" 2>/dev/null ||
         "${ask[@]}" --query-gpu="$fields" >"$file" 2>/dev/null || rm -f "$file"
+}
+
+with_power() {  # COMMAND...: for run, which starts it in a process of its own, BASHPID
+    sample_power "$output" "$BASHPID" 0
+    "$@"
 }
 
 keep_machine_facts() {  # where the run is finished

@@ -3,6 +3,7 @@
     python baseline/report.py RUN...                       the full report
     python baseline/report.py --table ladder RUN...        one table
     python baseline/report.py --chart scaling RUN...       one chart, in mermaid, which GitHub draws
+    python baseline/report.py --record RUN...              rows for README.md's record table
     python baseline/report.py --table bench FILE.json...   the table of a measurement
 
 A RUN is a folder that train.py left (results.json, beside it timings.json and tensorboard/), a
@@ -11,8 +12,10 @@ speed-up is given only between runs of the same batch, model, data and device.
 """
 
 import argparse
+import bisect
 import collections
 import dataclasses
+import datetime
 import functools
 import glob
 import importlib.util
@@ -29,6 +32,9 @@ MISSING = "not measured"
 PAPER = "80.8 / 88.5"
 # The log intervals over which the ladder compares losses.
 FIRST_LOSSES = 40
+# README.md's record table, which --record prints rows for; its links begin at the project's root.
+RECORD_COLUMNS = ["settings", "device", "seconds", "EM", "F1", "commit", "files"]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def load_trace_module():
@@ -372,8 +378,12 @@ def table(caption, rows):
     headings = list(rows[0]) if rows else ["nothing to show"]
     lines = [f"*{cell(caption).replace('*', '×')}*", ""]
     for row in [headings, ["---"] * len(headings), *(row.values() for row in rows)]:
-        lines.append(f"| {' | '.join(map(cell, row))} |")
+        lines.append(table_row(row))
     return "\n".join(lines)
+
+
+def table_row(cells):
+    return f"| {' | '.join(map(cell, cells))} |"
 
 
 def together(values):
@@ -406,6 +416,14 @@ def label(text):
     return re.sub(r'["\[\];`#<>\n]', " ", str(text))
 
 
+def xychart_theme(*colours):
+    """The series' colours, the first one's first."""
+    return {
+        "themeVariables": {"xyChart": {"plotColorPalette": ", ".join(colours)}},
+        "xyChart": {"width": 900, "height": 400},
+    }
+
+
 def xychart(title, labels, unit, *series):
     """labels: names, or the last step of an axis from 1. series: ("bar" or "line", values)."""
     if isinstance(labels, int):
@@ -425,10 +443,7 @@ def xychart(title, labels, unit, *series):
     ]
     for kind, values in series:
         lines.append(f"    {kind} [{', '.join(f'{value:.{digits}f}' for value in values)}]")
-    theme = {
-        "themeVariables": {"xyChart": {"plotColorPalette": "#4477aa, #ee6677"}},
-        "xyChart": {"width": 900, "height": 400},
-    }
+    theme = xychart_theme("#4477aa", "#ee6677")
     return mermaid(theme, "xychart-beta" + horizontal, *lines)
 
 
@@ -839,7 +854,97 @@ def answers_table(runs):
     return "\n\n".join([make(runs), *(text for run in runs for text in warnings(run))])
 
 
-# 11. Traces and phases
+# 11. Time to F1
+
+F1_GOALS = (80, 85, 88)
+NOT_TRAINED = "not trained"
+
+
+def schedule_seconds(run):
+    """The training's seconds, over all lives of the run; a run of --epochs 0 has none."""
+    seconds = run.results.get("train_seconds")
+    return NOT_TRAINED if seconds == 0 else seconds
+
+
+def scores_by_time(run):
+    """Pairs of the training's seconds until an evaluation, and its F1, in their order."""
+    pairs = [(each.get("train_seconds"), each.get("f1")) for each in run.evaluations]
+    return [
+        (seconds, f1)
+        for seconds, f1 in pairs
+        if is_number(seconds) and is_number(f1) and seconds > 0
+    ]
+
+
+def seconds_to(run, goal):
+    """The training's seconds at the first evaluation with such an F1: it may fall again later."""
+    if schedule_seconds(run) == NOT_TRAINED:
+        return NOT_TRAINED
+    scores = scores_by_time(run)
+    for seconds, f1 in scores:
+        if f1 >= goal:
+            return seconds
+    return "not reached" if scores else None
+
+
+def time_to_f1_table(runs):
+    """A row for each run: the whole schedule's seconds and F1, then the seconds to each goal."""
+    rows = []
+    for run in runs:
+        row = {
+            "run": run.name,
+            "nodes x ranks": shape(run),
+            "settings": settings(run),
+            "batch": batch_size(run),
+            "whole schedule s": schedule_seconds(run),
+            "final F1": shown(run, "F1"),
+        }
+        for goal in F1_GOALS:
+            row[f"s to F1 {goal}"] = seconds_to(run, goal)
+        rows.append(row)
+    caption = """Seconds of training, over all lives of a run, evaluations out. The whole schedule with
+    its final F1 is the headline: the others are those of the first evaluation that reached an F1,
+    and evaluations come once an epoch, at learning rates that have not decayed yet, so a shorter
+    schedule may get there sooner."""
+    return table(conditions(runs, caption), rows)
+
+
+def record_settings(run):
+    """What has to be known to train the same again."""
+    length = f"{argument(run, 'epochs')} epochs"
+    if argument(run, "max_steps"):
+        length = f"{argument(run, 'max_steps')} steps"
+    parts = [
+        model(run),
+        data(run),
+        length,
+        f"batch {number(batch_size(run))}",
+        f"learning rate {number(argument(run, 'learning_rate'))}",
+        settings(run),
+    ]
+    return ", ".join(parts)
+
+
+def record_row(run):
+    """{column: value} of README.md's record table."""
+    folder = run.folder.resolve()
+    files = run.name
+    if folder.is_relative_to(ROOT):
+        link = str(folder.relative_to(ROOT)).replace(" ", "%20")
+        files = f"[{run.name}]({link})"
+    values = [
+        record_settings(run),
+        f"{shape(run)} {device(run)}",
+        schedule_seconds(run),
+        shown(run, "EM"),
+        shown(run, "F1"),
+        commit(run),
+        files,
+    ]
+    return dict(zip(RECORD_COLUMNS, values, strict=True))
+
+
+# 12. Traces and phases
 
 
 @functools.cache
@@ -1024,7 +1129,7 @@ def trace_table(runs):
     return "\n\n".join(parts)
 
 
-# 12. The environment
+# 13. The environment
 
 # What the launcher asks of nvidia-smi, in this order: into a file before the run, another after.
 NVIDIA_SMI_FIELDS = [
@@ -1153,7 +1258,126 @@ def environment_table(runs):
     return table("The machine, the versions and the command of each run.", rows)
 
 
-# 13. Charts, in the mermaid that GitHub draws
+# 14. Energy, from what the launchers sample of nvidia-smi's power (power.sh)
+
+# Between two samples, in seconds: where it is longer, nothing was sampled.
+LONGEST_GAP = 5
+# The share of the training that has to be sampled.
+LEAST_SAMPLED = 0.95
+
+
+def read_power(folder):
+    """{a file and its GPU: pairs of seconds since 1970 and watts, in their order}."""
+    gpus = collections.defaultdict(list)
+    for path in folder.glob("power-*.csv"):
+        for line in read_text(path).splitlines():
+            try:
+                time, gpu, watts = line.split(", ")
+                moment = datetime.datetime.strptime(f"{time} +0000", "%Y/%m/%d %H:%M:%S.%f %z")
+                sample = (moment.timestamp(), float(watts))
+            except ValueError:
+                continue  # [N/A], an error's text, or the torn line of a node that died
+            if is_number(sample[1]):
+                gpus[path.name, gpu].append(sample)
+    return {gpu: sorted(samples) for gpu, samples in gpus.items()}
+
+
+def ends_of_intervals(folder):
+    """{step: seconds since 1970} of the log intervals' ends, from TensorBoard's events.
+
+    A life has a file of its own, which begins with the step that it went on from. What an earlier
+    life did after that step is lost, and done again; the event of that step itself is written a
+    second time, and its first one counts."""
+    try:
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    except ImportError:
+        complain(f"{folder}: energy needs the package tensorboard: source baseline/env.sh")
+        return {}
+    ends = {}
+    files = sorted((folder / "tensorboard").glob("events.out.tfevents.*"), key=trace.natural_order)
+    for path in files:
+        begins_at = 0
+        for event in EventFileLoader(str(path)).Load():
+            if event.HasField("session_log"):
+                begins_at = event.step
+            tags = [value.tag for value in event.summary.value]
+            if "training/loss" in tags and event.step > begins_at:
+                ends[event.step] = event.wall_time
+    return ends
+
+
+def integrate(samples, begin, end):
+    """Returns joules and sampled seconds of one GPU between two moments, by the trapezoid rule."""
+    joules = 0.0
+    seconds = 0.0
+    place = max(bisect.bisect(samples, (begin,)) - 1, 0)
+    for (time, watts), (next_time, next_watts) in zip(samples[place:], samples[place + 1 :]):
+        if time >= end:
+            break
+        overlap = min(end, next_time) - max(begin, time)
+        if overlap <= 0 or next_time - time > LONGEST_GAP:
+            continue
+        middle = (min(end, next_time) + max(begin, time)) / 2
+        slope = (next_watts - watts) / (next_time - time)
+        joules += overlap * (watts + slope * (middle - time))
+        seconds += overlap
+    return joules, seconds
+
+
+def energy(run):
+    """Returns the joules of all GPUs in the log intervals, and the share of the GPUs' time in them
+    that was sampled. The mean power stands for the rest; where it is much, joules are None."""
+    gpus = read_power(run.folder) if used_gpu(run) else {}
+    ends = ends_of_intervals(run.folder) if gpus else {}
+    if not ends:
+        return None, None
+    joules = 0.0
+    sampled = 0.0
+    training = 0.0
+    for interval in run.intervals:
+        training += interval["seconds"]
+        end = ends.get(interval["step"])
+        if end is None:
+            continue
+        for samples in gpus.values():
+            spent, seconds = integrate(samples, end - interval["seconds"], end)
+            joules += spent
+            sampled += seconds
+    # dp is one rank with several GPUs.
+    count = len(gpus) if argument(run, "strategy") == "dp" else ranks(run)
+    share = sampled / (training * count)
+    # More than all: of GPUs that were not the run's.
+    if not LEAST_SAMPLED <= share <= 2 - LEAST_SAMPLED:
+        return None, share
+    return joules / share, share
+
+
+def energy_table(runs):
+    """A row for each run: its joules beside its seconds, and the real tokens that one trains."""
+    rows = []
+    for run in runs:
+        joules, share = energy(run)
+        tokens_per_joule = None
+        if joules:
+            tokens_per_joule = sum(interval["tokens"] for interval in run.intervals) / joules
+        row = {
+            "run": run.name,
+            "nodes x ranks": shape(run),
+            "training s": schedule_seconds(run),
+            "joules": joules,
+            "real tokens per joule": tokens_per_joule,
+            "sampled": percent(share),
+            "F1": shown(run, "F1"),
+        }
+        rows.append(row)
+    caption = f"""Joules: of the GPUs' boards alone, by nvidia-smi's power once a second (A100 and
+    older: at that moment, newer ones: the mean of a second), integrated over the steps; saves and
+    evaluations out. Sampled: the share of the steps' time; the mean power stands for the rest, and
+    under {100 * LEAST_SAMPLED:.0f} % there are no joules."""
+    return table(conditions(runs, caption), rows)
+
+
+# 15. Charts, in the mermaid that GitHub draws
 
 
 def speed_chart(runs):
@@ -1217,7 +1441,57 @@ def tokens_chart(runs):
     return "\n\n".join(charts) or f"Tokens a step: {MISSING}."
 
 
-# 14. A measurement's own tables
+# Paul Tol's bright colours, with their names, as mermaid draws no legend.
+COLOUR_NAMES = {
+    "blue": "#4477aa",
+    "red": "#ee6677",
+    "green": "#228833",
+    "yellow": "#ccbb44",
+    "cyan": "#66ccee",
+    "purple": "#aa3377",
+}
+# The points of a line: mermaid spreads them evenly over the axis.
+POINTS = 60
+
+
+def f1_at(scores, seconds, before):
+    """The F1 of the last evaluation until then; `before`, where there is none yet."""
+    known = [f1 for time, f1 in scores if time <= seconds]
+    return known[-1] if known else before
+
+
+def f1_lines(scores_of_runs):
+    """One chart of F1 against the training's seconds. scores_of_runs: {name: scores_by_time}."""
+    all_scores = [score for scores in scores_of_runs.values() for score in scores]
+    # A little longer than the longest run, so that its last score is seen.
+    longest = 1.05 * max(seconds for seconds, _ in all_scores)
+    bottom = 10 * max(math.ceil(min(f1 for _, f1 in all_scores) / 10) - 1, 0)
+    top = 10 * max(math.ceil(max(f1 for _, f1 in all_scores) / 10), 1)
+    lines = [
+        '    title "F1 of the last evaluation, against the training\'s seconds"',
+        f'    x-axis "seconds" 0 --> {longest:.{0 if longest >= 100 else 3}f}',
+        f'    y-axis "F1" {bottom} --> {top}',
+    ]
+    for scores in scores_of_runs.values():
+        points = [f1_at(scores, longest * k / POINTS, bottom) for k in range(POINTS + 1)]
+        lines.append(f"    line [{', '.join(f'{point:.2f}' for point in points)}]")
+    colours = list(COLOUR_NAMES.values())[: len(scores_of_runs)]
+    chart = mermaid(xychart_theme(*colours), "xychart-beta", *lines)
+    legend = [f"{colour}: {cell(name)}" for colour, name in zip(COLOUR_NAMES, scores_of_runs)]
+    return f"{chart}\n\n{'; '.join(legend)}. At the bottom until a run's first evaluation."
+
+
+def time_to_f1_chart(runs):
+    scores = {run.name: scores_by_time(run) for run in runs if scores_by_time(run)}
+    if not scores:
+        return f"F1 against seconds: {MISSING}."
+    names = list(scores)
+    most = len(COLOUR_NAMES)
+    parts = [names[first : first + most] for first in range(0, len(names), most)]
+    return "\n\n".join(f1_lines({name: scores[name] for name in part}) for part in parts)
+
+
+# 16. A measurement's own tables
 
 
 def measured_table(path, content):
@@ -1253,7 +1527,7 @@ def measured_tables(names):
     return "\n\n".join(parts)
 
 
-# 15. The full report
+# 17. The full report
 
 TABLES = {
     "runs": table_of(
@@ -1280,6 +1554,8 @@ TABLES = {
     ),
     "answers": answers_table,
     "evaluations": evaluations_table,
+    "time-to-f1": time_to_f1_table,
+    "energy": energy_table,
     "environment": environment_table,
     "speed-up": speed_up_table,
     "seeds": seeds_table,
@@ -1295,6 +1571,7 @@ CHARTS = {
     "phases": phases_chart,
     "tokens": tokens_chart,
     "ladder": ladder_chart,
+    "time-to-f1": time_to_f1_chart,
 }
 MEASURED = ["bench", "growth", "faults", "seeds-paired", "measured", "predicted"]
 
@@ -1331,6 +1608,13 @@ def full_report(runs):
     several = [run for run in runs if len(run.evaluations) > 1]
     if several:
         parts.append(section("Evaluations", evaluations_table(several)))
+    evaluated = [run for run in runs if scores_by_time(run)]
+    if evaluated:
+        chart = [time_to_f1_chart(several)] if several else []
+        parts.append(section("Time to F1", time_to_f1_table(evaluated), *chart))
+    sampled = [run for run in runs if read_power(run.folder)]
+    if sampled:
+        parts.append(section("Energy", energy_table(sampled)))
     for name, group in comparisons(runs).items():
         chart = CHARTS.get(name, speed_chart)
         parts.append(section(name.capitalize(), TABLES[name](group), chart(group)))
@@ -1352,6 +1636,7 @@ def parse_arguments():
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train.py left")
     parser.add_argument("--table", choices=[*TABLES, *MEASURED], metavar="NAME", help=names)
     parser.add_argument("--chart", choices=CHARTS, metavar="NAME", help=", ".join(CHARTS))
+    parser.add_argument("--record", action="store_true", help="a row of the record table per RUN")
     parser.error = refuse
     options = parser.parse_args()
     if not options.runs:
@@ -1364,6 +1649,8 @@ def build(options):
     if options.table in MEASURED:
         return measured_tables(options.runs)
     runs = load_runs(options.runs)
+    if options.record:
+        return "\n".join(table_row(record_row(run).values()) for run in runs)
     parts = []
     if options.table:
         parts.append(TABLES[options.table](runs))

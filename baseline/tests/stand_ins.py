@@ -52,6 +52,14 @@ pairs = zip(sys.argv, [*sys.argv[1:], ""])
 outputs = [b if a == "--output" else a[9:] for a, b in pairs if a.split("=")[0] == "--output"]
 output = pathlib.Path(outputs[-1])
 output.mkdir(parents=True, exist_ok=True)
+if "STUB_SAMPLES" in os.environ:
+    samples = output / f"power-{os.environ.get('SLURM_NODEID', 0)}.csv"
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        if samples.exists() and samples.read_text().count("\\n") > 2:
+            say("SAMPLED")
+            break
+        time.sleep(0.05)
 until = time.monotonic() + float(os.environ.get("STUB_TRAIN", 0))
 while time.monotonic() < until:
     if asked or (output / "stop").exists():
@@ -169,6 +177,12 @@ class Project:
             f"""#!/bin/sh
 case "$*" in
     -L) {lines or ":"} ;;
+    *"timestamp,index,power.draw --format=csv,noheader,nounits -l 1")
+        echo $$ >>"{self.root}/samplers"
+        while [ -n "$STUB_SAMPLES" ]; do
+            echo "$(date '+%Y/%m/%d %H:%M:%S.%3N'), $1, 250.00"
+            sleep 0.2
+        done ;;
     *--query-gpu*) echo "$@" ;;
     *) echo '| Driver Version: 570.86    CUDA Version: {cuda} |' ;;
 esac

@@ -4,6 +4,7 @@ that go back to the queue, and what is left beside the results.
 stand_ins.py says in what surroundings they run here.
 """
 
+import datetime
 import itertools
 import os
 import re
@@ -439,7 +440,95 @@ def test_an_unfinished_run_and_a_finished_one_are_left_alone(project):
     assert text == "of the run"
 
 
-# 5. Compiled code, on the node's own disk
+# 5. The power of the run's GPUs
+
+
+@pytest.fixture
+def sampled(project):
+    """A start with two GPUs, whose nvidia-smi answers -l without an end, as the real one does.
+    Training ends, or says SAMPLED and goes on, when its node has three samples."""
+    return {**project.gpus(2), "TZ": "UTC-9", "STUB_SAMPLES": "yes"}
+
+
+def samples(project, node=0):
+    """The samples of a node, as pairs of time and the rest of the line."""
+    path = project.root / f"out/power-{node}.csv"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [tuple(line.split(", ", 1)) for line in lines]
+
+
+def count_samplers(project):
+    """How many were started; waits for their end, since they look for their run once a second."""
+    pids = (project.root / "samplers").read_text().split()
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until, "a sampler has outlived its run"
+        time.sleep(0.1)
+    return len(pids)
+
+
+def test_the_power_of_the_run_s_gpu_is_sampled_in_utc(project, sampled):
+    given = ("baseline/run.sbatch", "--output", "out")
+    answer = project.script(*given, CUDA_VISIBLE_DEVICES="3,1", **sampled)
+    assert answer.returncode == 0 and answer.error == ""
+    assert "SAMPLED" in answer.output and count_samplers(project) == 1
+    found = samples(project)
+    assert {rest for _, rest in found} == {"--id=3, 250.00"}
+    last = datetime.datetime.strptime(f"{found[-1][0]} +0000", "%Y/%m/%d %H:%M:%S.%f %z")
+    assert abs(last.timestamp() - time.time()) < 60
+    project.script(*given, **sampled)
+    assert samples(project) == found, "a finished run is left alone"
+
+
+@pytest.mark.parametrize(("used", "gpus"), [("2", "0,1"), ("1", "0")])
+def test_each_node_samples_the_gpus_that_it_uses(project, sampled, used, gpus):
+    job = project.slurm(nodes=2, gpus=2) | sampled | {"GPUS_PER_NODE": used}
+    answer = project.script("DISTRIBUTED/run_2x2.sbatch", "--sample", "--output", "out", **job)
+    assert answer.returncode == 0, answer.error
+    assert answer.output.count("SAMPLED") == 2 and count_samplers(project) == 2
+    for node in (0, 1):
+        assert {rest for _, rest in samples(project, node)} == {f"--id={gpus}, 250.00"}
+
+
+def test_a_life_adds_to_the_samples_of_the_one_before(project, sampled):
+    given = ("baseline/run.sbatch", "--output", "out")
+    ask_to_stop(project, given[0], "SAMPLED", signal.SIGUSR1, *given[1:], **sampled)
+    assert count_samplers(project) == 1
+    first = samples(project)
+    assert project.script(*given, **sampled).returncode == 0
+    assert count_samplers(project) == 2
+    assert len(samples(project)) > len(first) > 2 and samples(project)[: len(first)] == first
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("number", "everyone"),
+    [
+        (signal.SIGUSR1, False),
+        (signal.SIGTERM, True),
+        (signal.SIGINT, True),
+        (signal.SIGKILL, False),
+        (signal.SIGKILL, True),
+    ],
+)
+def test_the_sampler_ends_with_its_run(project, sampled, script, number, everyone):
+    """And not before: what is asked to stop still saves. A killed script's training goes on."""
+    job = project.slurm() | sampled | {"STUB_TRAIN": "3"}
+    given = ("--sample", "--output", "out")
+    answer = ask_to_stop(project, script, "SAMPLED", number, *given, everyone=everyone, **job)
+    assert answer.returncode == (-9 if number == signal.SIGKILL else 75), answer.error
+    assert count_samplers(project) == 1
+
+
+def test_no_power_is_sampled_without_a_gpu_or_a_run(project, sampled):
+    given = ("baseline/run.sbatch", "--output", "out")
+    project.script(*given, "--help", **sampled)
+    assert not (project.root / "out").exists()
+    project.script(*given, **sampled | {"STUB_SAMPLES": None, "CUDA_VISIBLE_DEVICES": "-1"})
+    assert (project.root / "out/results.json").exists() and not samples(project)
+
+
+# 6. Compiled code, on the node's own disk
 
 
 def archives(project):
@@ -501,7 +590,7 @@ def test_code_that_cannot_be_kept_costs_no_run(project):
     assert f"COMPILED {own}\n" in answer.output and archives(project) == []
 
 
-# 6. DISTRIBUTED/run_2x2.sbatch: the nodes
+# 7. DISTRIBUTED/run_2x2.sbatch: the nodes
 
 
 def test_two_nodes_get_what_they_need(project):
@@ -598,7 +687,7 @@ def test_the_transport_that_nccl_chose_is_told(project):
     assert "connected" not in other.output, "it is the user's own log then"
 
 
-# 7. The ladder, the scaling, the preparation
+# 8. The ladder, the scaling, the preparation
 
 
 def test_the_ladder_changes_one_thing_a_rung(project):

@@ -1,12 +1,16 @@
 """report.py on runs made here, field by field as train.py and the launchers leave them."""
 
+import datetime
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from nursery import in_step
 from runs import (
     A100,
     BASELINE,
@@ -21,6 +25,7 @@ from runs import (
     table_rows,
     write_trace,
 )
+from torch.utils.tensorboard import SummaryWriter
 
 # The full report
 
@@ -130,6 +135,252 @@ def test_evaluations(tmp_path):
         ["run", "8,300", "3", "4,506", "80.90", "not measured"],
     ]
     assert "## Evaluations" in report(run) and "## Evaluations" not in report(once)
+
+
+# Time to F1
+
+
+def evaluations(*pairs):
+    """Evaluations as train.py leaves them, of pairs of training seconds and F1."""
+    return [
+        {"step": 10 * n, "epoch": n, "train_seconds": seconds, "exact_match": 70.0, "f1": f1}
+        for n, (seconds, f1) in enumerate(pairs, 1)
+    ]
+
+
+def time_to_f1(tmp_path, name, scores, **results):
+    run = make_run(tmp_path / name, results={"evaluations": evaluations(*scores), **results})
+    (row,) = table_rows(report("--table", "time-to-f1", run))
+    return row[4:]
+
+
+def test_time_to_f1_is_that_of_the_first_evaluation_that_reached_it(tmp_path):
+    """88 is reached and lost again; a resumed run's seconds are those of all its lives."""
+    scores = [(100.0, 79.9), (200.0, 88.0), (300.0, 86.5), (400.0, None), (500.0, 87.5)]
+    resumed = {"resumed_from_steps": [5, 25], "train_seconds": 500.0, "f1": 87.5}
+    row = time_to_f1(tmp_path, "run", scores, **resumed)
+    assert row == ["500.0", "87.50", "200.0", "200.0", "200.0"]
+    text = report("--table", "time-to-f1", tmp_path / "run")
+    assert "whole schedule with its final F1 is the headline" in text
+    assert "once an epoch" in text and "not decayed" in text
+
+
+def test_time_to_f1_where_it_is_not_known(tmp_path):
+    low = time_to_f1(tmp_path, "low", [(100.0, 70.0), (200.0, 80.0)], train_seconds=200.0, f1=80.0)
+    assert low == ["200.0", "80.00", "200.0", "not reached", "not reached"]
+    unknown = ["4,600", "88.34", *["not measured"] * 3]
+    assert time_to_f1(tmp_path, "none", []) == unknown
+    assert time_to_f1(tmp_path, "nulls", [(None, 90.0), (100.0, None)]) == unknown
+    # --epochs 0 scores a model that was trained before.
+    only = time_to_f1(tmp_path, "only", [(0, 90.0)], train_seconds=0, f1=90.0, steps=0)
+    assert only == ["not trained", "90.00", *["not trained"] * 3]
+    text = report(tmp_path / "low", tmp_path / "only")
+    (section,) = [part for part in text.split("\n## ") if part.startswith("Time to F1")]
+    assert "| low |" in section and "| only |" not in section and "xychart" in section
+
+
+def test_chart_of_f1_against_seconds(tmp_path):
+    """A line keeps a score until the next evaluation, and begins at the bottom of the axis."""
+    slow = make_run(
+        tmp_path / "slow [1]", results={"evaluations": evaluations((300.0, 81.0), (600.0, 88.5))}
+    )
+    quick = make_run(tmp_path / "quick", results={"evaluations": evaluations((150.0, 75.0))})
+    bare = make_run(tmp_path / "bare")
+    text = report("--chart", "time-to-f1", slow, quick, bare)
+    assert 'x-axis "seconds" 0 --> 630' in text and 'y-axis "F1" 70 --> 90' in text
+    lines = [json.loads(line) for line in re.findall(r"^    line (.*)$", text, re.MULTILINE)]
+    assert [len(line) for line in lines] == [61, 61]
+    # The points are 10.5 s apart.
+    assert lines[0] == [70.0] * 29 + [81.0] * 29 + [88.5] * 3
+    assert lines[1] == [70.0] * 15 + [75.0] * 46
+    assert text.rstrip().splitlines()[-1].startswith("blue: slow [1]; red: quick. ")
+    assert report("--chart", "time-to-f1", bare) == "F1 against seconds: not measured.\n"
+    many = [
+        make_run(tmp_path / f"r{n}", results={"evaluations": evaluations((9.0, 80.0 + n))})
+        for n in range(7)
+    ]
+    text = report("--chart", "time-to-f1", *many)
+    assert text.count("xychart-beta") == 2 and text.count("    line [") == 7
+    assert "purple: r5" in text and "blue: r6" in text
+
+
+def record_table():
+    """The cells of README.md's record table: its headings, then its rows."""
+    text = (BASELINE.parent / "README.md").read_text(encoding="utf-8")
+    lines = text.partition("\n## Time to F1\n")[2].partition("\n#")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    return [rows[0], *rows[2:]]
+
+
+def test_a_record_is_a_row_of_the_readmes_table(tmp_path):
+    headings, *rows = record_table()
+    assert headings == load_script("report.py").RECORD_COLUMNS
+    assert len(rows) > 3 and {len(row) for row in rows} == {len(headings)}
+    (line,) = report("--record", make_run(tmp_path / "a|b")).splitlines()
+    assert line.startswith("| ") and line.endswith(" |")
+    cells = re.split(r"(?<!\\) \| ", line.strip("| "))
+    assert dict(zip(headings, cells, strict=True)) == {
+        "settings": "bert-base-uncased, SQuAD v1.1, 384 tokens a window, 3 epochs, batch 32, "
+        "learning rate 5e-05, bf16, packed, compiled",
+        "device": f"1x1 {A100}",
+        "seconds": "4,600",
+        "EM": "80.91",
+        "F1": "88.34",
+        "commit": "0123456789",
+        "files": "a\\|b",
+    }
+
+
+def test_records_of_other_runs(tmp_path):
+    ours = BASELINE / "results/minilm"
+    lines = report("--record", ours).splitlines()
+    assert len(lines) == 3
+    for line, folder in zip(lines, sorted(ours.iterdir())):
+        assert line.endswith(f"| [{folder.name}](baseline/results/minilm/{folder.name}) |")
+    odd = {"exact_match": None, "train_seconds": 0, "steps": 0}
+    line = report("--record", make_run(tmp_path / "r", {"max_steps": 7, "epochs": 0}, odd))
+    assert ", 7 steps, " in line and "| not trained | not measured | 88.34 |" in line
+    fake = make_run(tmp_path / "fake", environment={"devices": [f"FAKE {A100}"]})
+    assert "computes nothing" in refusal("--record", fake)
+    (tmp_path / "empty").mkdir()
+    assert "no results.json" in refusal("--record", tmp_path / "empty")
+
+
+# Energy
+
+START = datetime.datetime(2026, 11, 24, 20, 0, tzinfo=datetime.timezone.utc).timestamp()
+
+
+def write_power(run, node, watts, seconds, gpus=("0",)):
+    """Samples as power.sh leaves them. watts: a function of the second, counted from START."""
+    lines = []
+    for second in seconds:
+        moment = datetime.datetime.fromtimestamp(START + second, datetime.timezone.utc)
+        for gpu in gpus:
+            lines.append(f"{moment:%Y/%m/%d %H:%M:%S}.000, {gpu}, {watts(second):.2f}\n")
+    with open(run / f"power-{node}.csv", "a") as file:
+        file.writelines(lines)
+
+
+def write_events(run, ends, begins_at=0):
+    """A life's events of the log intervals' ends: {step: seconds from START}."""
+    with SummaryWriter(run / "tensorboard", purge_step=begins_at) as writer:
+        for step, second in ends.items():
+            writer.add_scalar("training/learning_rate", 1e-4, step, START + second + 0.5)
+            writer.add_scalar("training/loss", 1.0, step, START + second)
+
+
+def make_powered_run(folder, seconds, arguments=(), **results):
+    """A run with an interval of 1,000 tokens for each of these seconds, at steps 10, 20 and so on."""
+    intervals = [
+        {"step": 10 * n, "loss": 1.0, "seconds": time, "tokens": 1000, "steady": True}
+        for n, time in enumerate(seconds, 1)
+    ]
+    return make_run(folder, arguments, results, {"intervals": intervals})
+
+
+def energy_of(run):
+    """Joules, real tokens per joule, and the sampled share."""
+    (row,) = table_rows(report("--table", "energy", run))
+    return row[3:6]
+
+
+def test_energy_is_the_power_over_the_training(tmp_path):
+    """By hand: 100 W before and after, 300 W from second 10 to 30, and between them an evaluation."""
+    run = make_powered_run(tmp_path / "run", [10.0, 5.0], train_seconds=15.0)
+    write_power(run, 0, lambda second: 300 if 10 <= second <= 30 else 100, range(60))
+    assert energy_of(run)[0] == "not measured", "nothing tells when it trained"
+    write_events(run, {10: 20, 20: 30})
+    assert energy_of(run) == ["4,500", "0.444", "100.0 %"]
+    assert "## Energy" in report(run)
+    # Of the interval's last 2.5 s: half a second at 300 W, then down to 100 in one, then 100.
+    shutil.rmtree(run / "tensorboard")
+    write_events(run, {10: 20, 20: 32.5})
+    assert energy_of(run)[0] == number_of(10 * 300 + 2.5 * 300 + 200 + 1.5 * 100)
+
+
+def number_of(value):
+    return load_script("report.py").number(float(value))
+
+
+def test_energy_of_all_nodes_and_gpus(tmp_path):
+    shape = {"world_size": 4, "nodes": 2}
+    run = make_powered_run(tmp_path / "run", [10.0], {"strategy": "ddp"}, **shape)
+    write_events(run, {10: 20})
+    write_power(run, 0, lambda second: 200, range(30), gpus=("0", "1"))
+    assert energy_of(run) == ["not measured", "not measured", "50.0 %"]
+    write_power(run, 1, lambda second: 100, range(30), gpus=("0", "1"))
+    assert energy_of(run) == ["6,000", "0.167", "100.0 %"]
+    write_power(run, 1, lambda second: 100, range(30), gpus=("2",))
+    assert energy_of(run) == ["not measured", "not measured", "125.0 %"]
+    one = make_powered_run(tmp_path / "dp", [10.0], {"strategy": "dp"})
+    write_events(one, {10: 20})
+    write_power(one, 0, lambda second: 200, range(30), gpus=("0", "1"))
+    assert energy_of(one) == ["4,000", "0.25", "100.0 %"]
+
+
+def test_energy_over_several_lives(tmp_path):
+    """A life is killed at second 35: steps 30 and 40 are lost. The next one goes on from step 20, an
+    hour later, and writes that step's event again."""
+    run = make_powered_run(tmp_path / "run", [10.0, 10.0, 10.0], train_seconds=30.0)
+    write_events(run, {10: 10, 20: 20, 30: 30, 40: 34})
+    write_events(run, {20: 3600, 30: 3620}, begins_at=20)
+    write_power(run, 0, lambda second: 100, range(-5, 35))
+    with open(run / "power-0.csv", "a") as file:
+        file.write("2026/11/2")  # torn by the kill
+    write_power(run, 0, lambda second: 200, range(3590, 3630))
+    assert energy_of(run) == ["4,000", "0.75", "100.0 %"]
+
+
+def test_energy_of_odd_samples(tmp_path):
+    run = make_powered_run(tmp_path / "run", [100.0])
+    write_events(run, {10: 100})
+    odd = "No devices were found\n2026/11/24 20:00:01.000, 0, [N/A]\n[N/A], 0, 30\n\n,,,\n"
+    odd += "2026/99/99 20:00:01.000, 0, 1.0\n2026/11/24 20:00:01.000, 0, nan\n"
+    (run / "power-0.csv").write_text(odd)
+    (run / "power-1.csv").write_bytes(b"\xff\xfe\x00")
+    assert energy_of(run) == ["not measured"] * 3
+    # 3 s without an answer; then a part that was not sampled, for which the mean stands.
+    write_power(run, 0, lambda second: 100, [*range(40), *range(43, 80), *range(84, 101)])
+    assert energy_of(run)[::2] == ["10,000", "100.0 %"]
+    (run / "power-0.csv").write_text(odd)
+    write_power(run, 0, lambda second: 100, [*range(70), *range(74, 96)])
+    assert energy_of(run)[::2] == ["10,000", "95.0 %"]
+    (run / "power-0.csv").write_text(odd)
+    write_power(run, 0, lambda second: 100, [*range(70), *range(76, 101)])
+    assert energy_of(run)[::2] == ["not measured", "93.0 %"]
+
+
+def test_a_cpu_s_run_beside_a_gpu_has_no_energy(tmp_path):
+    run = make_powered_run(tmp_path / "run", [10.0], {"device": "cpu"})
+    write_events(run, {10: 10})
+    write_power(run, 0, lambda second: 100, range(11))
+    assert energy_of(run) == ["not measured"] * 3
+
+
+def test_when_train_py_trained(start, tmp_path):
+    """The spans of the log intervals in a real run's events, which was killed and went on: none
+    overlaps another, none is in a life that was over."""
+    output = tmp_path / "run"
+    words = ["--sample", "--limit", 40, "--batch-size", 4, "--epochs", 3, "--device", "cpu"]
+    words += ["--log-every", 2, "--save-every", 5, "--evaluate-every", "epoch", "--no-profile"]
+    patch = in_step(17, "time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)")
+    start(*words, "--output", output, patch=patch).end(-signal.SIGKILL)
+    killed = time.time()
+    time.sleep(1)
+    begun = time.time()
+    start(*words, "--output", output).end()
+    module = load_script("report.py")
+    (run,) = module.load_runs([str(output)])
+    assert run.results["resumed_from_steps"] == [15]
+    ends = module.ends_of_intervals(run.folder)
+    assert list(ends) == [interval["step"] for interval in run.intervals]
+    before = 0
+    for interval in run.intervals:
+        end = ends[interval["step"]]
+        assert end - interval["seconds"] > before - 0.02, interval
+        assert end < killed if interval["step"] <= 15 else end > begun
+        before = end
 
 
 # The environment
