@@ -1,6 +1,6 @@
 """Counts what a rank of train.py hands to collectives, and what it keeps. sent.py begins it:
 
-    import counting; counting.begin(globals())    run within train.py's module, before its main()
+import counting; counting.begin(globals())    run within train.py's module, before its main()
 """
 
 import functools

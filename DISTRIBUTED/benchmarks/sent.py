@@ -222,7 +222,7 @@ def sent_tables(ranks, machine):
         },
         {
             "title": "BERT-Base, by the formula",
-            "conditions": f"*predicted*, not counted: {bert_parameters:,} parameters. Sent: by each"
+            "conditions": f"Predicted, not counted: {bert_parameters:,} parameters. Sent: by each"
             " rank in a step. Leaves a node: on a ring in the order of ranks. Kept: weights,"
             " gradients and moments per rank",
             "columns": [
@@ -270,20 +270,20 @@ def collectives_table(ranks, machine):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("tables", nargs="*", choices=["sent", "collectives", []], help="(default: both)")
+    add("--only", choices=["sent", "collectives"], help="of the two files (default: both)")
     return parser.parse_args()
 
 
 def main():
-    tables = parse_options().tables or ["sent", "collectives"]
+    only = parse_options().only
     machine = measuring.describe_machine(measuring.load_train())
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with Nursery(SQUAD_CACHE=str(folder / "cache")) as nursery:
             ranks = Ranks(nursery, folder)
-            if "sent" in tables:
+            if only != "collectives":
                 measuring.write_tables(RESULTS / "sent.json", sent_tables(ranks, machine))
-            if "collectives" in tables:
+            if only != "sent":
                 table = collectives_table(ranks, machine)
                 measuring.write_tables(RESULTS / "collectives.json", [table])
 
