@@ -12,7 +12,11 @@ a strategy takes: Rajbhandari et al. 2020, "ZeRO", section 7; Zhao et al. 2023, 
 """
 
 import argparse
+import os
+import re
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,13 +30,14 @@ import measuring
 import torch
 import transformers
 from nursery import Nursery
-from ranks import SIGNAL, Ranks, ask_after
+from ranks import DISTRIBUTED, SIGNAL, Ranks, ask_after
 
 RESULTS = ROOT / "DISTRIBUTED/results"
+SAMPLE = ROOT / "baseline/sample"
 NODES = 2
 STEPS = 6
 WORDS = ["--sample", "--limit", "40", "--device", "cpu", "--no-profile", "--log-every", "1"]
-WORDS += ["--batch-size", "16", "--max-steps", str(STEPS)]
+WORDS += ["--batch-size", "16"]
 COUNT = f"""
 sys.path.append({str(Path(__file__).parent)!r})
 import counting
@@ -40,6 +45,10 @@ counting.begin(globals())
 """
 CASES = [("ddp", "fp32"), ("ddp", "bf16"), ("zero2", "fp32"), ("zero2", "bf16")]
 CASES += [("fsdp", "fp32"), ("fsdp", "bf16"), ("hsdp", "fp32"), ("hsdp", "bf16")]
+# Of PowerSGD, as DISTRIBUTED/README.md's diff sets it: its rank, and exact steps before it begins.
+POWERSGD_RANK = 4
+POWERSGD_START = 10
+POWERSGD = f"PowerSGD, rank {POWERSGD_RANK}"
 # Those that differ outside the step: zero2 is as fsdp there.
 GROWING = ["ddp", "fsdp", "hsdp"]
 WORLDS = [2, 4, 8, 16]
@@ -75,6 +84,22 @@ def bytes_sent(strategy, gradients, parameters, nodes, per_node):
     return sent, sent
 
 
+def powersgd_numbers(model):
+    """Returns how many numbers PowerSGD hands over in a step (Vogels et al. 2019): of a matrix
+    [rows, columns] rank x (rows + columns), where that is less than half; all others whole.
+
+    As torch has it: powerSGD_hook.py's _should_compress, with its min_compression_rate of 2."""
+    total = 0
+    for weight in model.parameters():
+        numbers = weight.numel()
+        if weight.ndim > 1:
+            compressed = POWERSGD_RANK * (len(weight) + numbers // len(weight))
+            if 2 * compressed < numbers:
+                numbers = compressed
+        total += numbers
+    return total
+
+
 def bytes_kept(strategy, parameters, nodes, per_node):
     """Returns the bytes of weights, gradients and Adam's two moments that each rank keeps: fp32."""
     shards = {"ddp": 1, "hsdp": per_node}.get(strategy, nodes * per_node)
@@ -84,18 +109,37 @@ def bytes_kept(strategy, parameters, nodes, per_node):
 # 2. Counted
 
 
-def count(ranks, world, strategy, gradients="fp32", resumed=False):
+def count(ranks, world, strategy, gradients="fp32", resumed=False, script=None, steps=STEPS):
     """Trains on so many ranks of two nodes, resumed: in two lives; returns rank 0's counts of the
     last life, as counting.py has them, and the number of parameters."""
-    words = [*WORDS, "--strategy", strategy, "--gradients", gradients]
+    words = [*WORDS, "--max-steps", steps, "--strategy", strategy, "--gradients", gradients]
     output = None
     if resumed:
         stop = ask_after(2, SIGNAL)
         output = ranks(world, *words, patch=stop, nodes=NODES, seconds=900).output
-    run = ranks.finished(world, *words, output=output, patch=COUNT, nodes=NODES, seconds=900)
+    scripts = [script] * world if script else None
+    run = ranks.finished(
+        world, *words, output=output, scripts=scripts, patch=COUNT, nodes=NODES, seconds=900
+    )
     parameters = run.read("results.json")["parameters"]
     print(f"counted {strategy} {gradients} on {world} ranks", flush=True)
     return run.read("counts-0.json"), parameters
+
+
+def powersgd_script(folder):
+    """Returns a copy of train.py below a folder, with the page's diff for PowerSGD applied."""
+    page = (ROOT / "DISTRIBUTED/README.md").read_text(encoding="utf-8")
+    diff = re.search(r"^\*\*PowerSGD[^\n]*\n\n```diff\n(.*?)```", page, re.DOTALL | re.MULTILINE)[1]
+    (folder / "DISTRIBUTED").mkdir(parents=True)
+    (folder / "baseline").mkdir()
+    (folder / "baseline/sample").symlink_to(SAMPLE)
+    script = folder / "DISTRIBUTED/train.py"
+    shutil.copy(DISTRIBUTED, script)
+    # Without the ceiling git would take the folder for a part of a repository around it.
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    command = ["git", "apply", "--directory=DISTRIBUTED", "-"]
+    subprocess.run(command, input=diff, text=True, cwd=folder, env=environment, check=True)
+    return script
 
 
 def last_call(counts, place):
@@ -124,11 +168,9 @@ def sent_through_loopback(counts, world):
 # 3. Tables
 
 
-def sent_row(case, counts, parameters, world):
-    strategy, gradients = case
+def sent_row(strategy, gradients, counts, formula, world):
     collectives = last_call(counts, "step")
     counted = sent_by_ring(collectives)
-    formula, _ = bytes_sent(strategy, gradients, parameters, NODES, world // NODES)
     return [
         strategy,
         gradients,
@@ -141,12 +183,12 @@ def sent_row(case, counts, parameters, world):
     ]
 
 
-def kept_row(case, counts, parameters, world):
+def kept_row(strategy, counts, parameters, world):
     kept = counts["kept"]
     counted = kept["weights"] + kept["gradients"] + kept["moments"]
-    formula = bytes_kept(case[0], parameters, NODES, world // NODES)
+    formula = bytes_kept(strategy, parameters, NODES, world // NODES)
     return [
-        case[0],
+        strategy,
         *(round(kept[name] / MB, 3) for name in ("weights", "gradients", "moments")),
         round(formula / MB, 3),
         f"{100 * (formula / counted - 1):+.2f} %",
@@ -154,10 +196,15 @@ def kept_row(case, counts, parameters, world):
     ]
 
 
+def empty_model(config):
+    """Returns a model that has shapes and no weights."""
+    with torch.device("meta"):
+        return transformers.BertForQuestionAnswering(config)
+
+
 def bert_rows():
     """BERT-Base by the formula, on two nodes with two GPUs each and with eight each."""
-    with torch.device("meta"):
-        model = transformers.BertForQuestionAnswering(transformers.BertConfig())
+    model = empty_model(transformers.BertConfig())  # its defaults are BERT-Base
     parameters = model.num_parameters()
     rows = []
     for strategy, gradients in CASES:
@@ -167,78 +214,103 @@ def bert_rows():
             kept = bytes_kept(strategy, parameters, NODES, per_node)
             row += [round(sent / MB), round(leaving / MB), round(kept / GIB, 2)]
         rows.append(row)
+    row = ["ddp", POWERSGD]
+    for per_node in (2, 8):
+        numbers = powersgd_numbers(model)
+        sent = 2 * ring(NODES * per_node) * 4 * numbers
+        # Beside ddp's: the error that each rank remembers.
+        kept = bytes_kept("ddp", parameters, NODES, per_node) + 4 * parameters
+        row += [round(sent / MB), round(sent / MB), round(kept / GIB, 2)]
+    rows.append(row)
     return rows, parameters
 
 
-def sent_tables(ranks, machine):
-    """Counts each strategy on 2x2 ranks; returns the tables of what it sends and keeps."""
+def sent_tables(ranks, script, machine):
+    """Counts each strategy on 2x2 ranks, and PowerSGD's script; returns the tables."""
     world = 4
     sent = []
     kept = []
     for case in CASES:
         counts, parameters = count(ranks, world, *case)
-        sent.append(sent_row(case, counts, parameters, world))
+        formula, _ = bytes_sent(*case, parameters, NODES, world // NODES)
+        sent.append(sent_row(*case, counts, formula, world))
         if case[1] == "fp32":
-            kept.append(kept_row(case, counts, parameters, world))
+            kept.append(kept_row(case[0], counts, parameters, world))
+    counts, _ = count(ranks, world, "ddp", script=script, steps=POWERSGD_START + STEPS)
+    config = transformers.AutoConfig.from_pretrained(SAMPLE)
+    formula = 2 * ring(world) * 4 * powersgd_numbers(empty_model(config))
+    sent.append(sent_row("ddp", POWERSGD, counts, formula, world))
     where = f"2x2 gloo ranks on one machine's CPU, the sample's BERT of {parameters:,} parameters"
-    bert, bert_parameters = bert_rows()
     return [
-        {
-            "title": "What each rank sends in a step",
-            "conditions": f"{where}. Handed over: the bytes of the collectives that PyTorch was"
-            " seen to call, each counted whole. Sent: what a ring makes of them. Formula: from the"
-            " number of parameters alone. Loopback: what its interface counted, headers and a"
-            " step's agreement to go on (16 bytes) included; gloo's reduce-scatter is an"
-            " all-reduce, so the sharded strategies send more there than over NCCL",
-            "columns": [
-                "strategy",
-                "gradients",
-                "collectives",
-                "handed over, MB",
-                "sent, MB",
-                "formula, MB",
-                "formula's error",
-                "loopback, MB",
-            ],
-            "rows": sent,
-            "environment": machine,
-        },
-        {
-            "title": "What each rank keeps",
-            "conditions": f"{where}; MB, counted after the optimiser's step, the same for fp32 and"
-            " bf16 gradients. Whole after the forward pass: the weights that a sharded strategy"
-            " has been sent and not yet freed, beside its shard; in ddp the weights themselves",
-            "columns": [
-                "strategy",
-                "weights",
-                "gradients",
-                "moments",
-                "all, by the formula",
-                "formula's error",
-                "whole after the forward pass",
-            ],
-            "rows": kept,
-            "environment": machine,
-        },
-        {
-            "title": "BERT-Base, by the formula",
-            "conditions": f"Predicted, not counted: {bert_parameters:,} parameters. Sent: by each"
-            " rank in a step. Leaves a node: on a ring in the order of ranks. Kept: weights,"
-            " gradients and moments per rank",
-            "columns": [
-                "strategy",
-                "gradients",
-                "2x2: sent, MB",
-                "leaves a node, MB",
-                "kept, GiB",
-                "2x8: sent, MB",
-                "leaves each node, MB",
-                "kept by each, GiB",
-            ],
-            "rows": bert,
-            "environment": machine,
-        },
+        sent_table(sent, where, machine),
+        kept_table(kept, where, machine),
+        bert_table(machine),
     ]
+
+
+def sent_table(rows, where, machine):
+    return {
+        "title": "What each rank sends in a step",
+        "conditions": f"{where}. Handed over: the bytes of the collectives that PyTorch was seen to"
+        " call, each counted whole. Sent: what a ring makes of them. Formula: from the number of"
+        " parameters alone (PowerSGD: the matrices' shapes). Loopback: what its interface counted,"
+        " headers and a step's agreement to go on (16 bytes) included; gloo's reduce-scatter is an"
+        " all-reduce, so the sharded strategies send more there than over NCCL",
+        "columns": [
+            "strategy",
+            "gradients",
+            "collectives",
+            "handed over, MB",
+            "sent, MB",
+            "formula, MB",
+            "formula's error",
+            "loopback, MB",
+        ],
+        "rows": rows,
+        "environment": machine,
+    }
+
+
+def kept_table(rows, where, machine):
+    return {
+        "title": "What each rank keeps",
+        "conditions": f"{where}; MB, counted after the optimiser's step, the same for fp32 and bf16"
+        " gradients. Whole after the forward pass: the weights that a sharded strategy has been"
+        " sent and not yet freed, beside its shard; in ddp the weights themselves",
+        "columns": [
+            "strategy",
+            "weights",
+            "gradients",
+            "moments",
+            "all, by the formula",
+            "formula's error",
+            "whole after the forward pass",
+        ],
+        "rows": rows,
+        "environment": machine,
+    }
+
+
+def bert_table(machine):
+    rows, parameters = bert_rows()
+    return {
+        "title": "BERT-Base, by the formula",
+        "conditions": f"Predicted, not counted: {parameters:,} parameters. Sent: by each rank in a"
+        " step. Leaves a node: on a ring in the order of ranks. Kept: weights, gradients and"
+        " moments per rank, with PowerSGD also the error that it remembers",
+        "columns": [
+            "strategy",
+            "gradients",
+            "2x2: sent, MB",
+            "leaves a node, MB",
+            "kept, GiB",
+            "2x8: sent, MB",
+            "leaves each node, MB",
+            "kept by each, GiB",
+        ],
+        "rows": rows,
+        "environment": machine,
+    }
 
 
 def collectives_table(ranks, machine):
@@ -282,7 +354,9 @@ def main():
         with Nursery(SQUAD_CACHE=str(folder / "cache")) as nursery:
             ranks = Ranks(nursery, folder)
             if only != "collectives":
-                measuring.write_tables(RESULTS / "sent.json", sent_tables(ranks, machine))
+                script = powersgd_script(folder / "powersgd")
+                tables = sent_tables(ranks, script, machine)
+                measuring.write_tables(RESULTS / "sent.json", tables)
             if only != "sent":
                 table = collectives_table(ranks, machine)
                 measuring.write_tables(RESULTS / "collectives.json", [table])
