@@ -5,6 +5,7 @@ import counting; counting.begin(globals())    run within train.py's module, befo
 
 import functools
 import json
+import threading
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ PLACES = {
 
 
 class Counter(TorchDispatchMode):
-    """Sees each operator that this thread calls, and notes the collectives.
+    """Sees each operator that the main thread calls, and notes the collectives.
 
     calls: [{"place", "collectives": [[operator, bytes, ranks of its group]]}], in order of time.
     The bytes are those of the whole: an all-gather's output, a reduce-scatter's input."""
@@ -45,12 +46,15 @@ class Counter(TorchDispatchMode):
     def leave_place(self):
         self.stack.pop()
 
+    def note(self, name, size, ranks):
+        self.stack[-1]["collectives"].append([name, size, ranks])
+
     def __torch_dispatch__(self, operator, types, values=(), options=None):
         if DTensor in types:
             # Its own operators first: they call collectives on plain tensors, which come here.
             return NotImplemented
         if is_collective(operator, values):
-            self.stack[-1]["collectives"].append(describe(operator, values))
+            self.note(*describe(operator, values))
         return operator(*values, **(options or {}))
 
 
@@ -134,6 +138,12 @@ def begin(train):
 
         return counted
 
+    def all_reduce(tensor, *values, function=dist.all_reduce, **options):
+        # PowerSGD begins one where another ends: on a thread of gloo's, where no mode sees it.
+        if threading.current_thread() is not threading.main_thread():
+            counter.note("allreduce_", tensor.nbytes, dist.get_world_size())
+        return function(tensor, *values, **options)
+
     for name, place in PLACES.items():
         train[name] = count_in(train[name], place)
 
@@ -158,6 +168,7 @@ def begin(train):
             counts = {"calls": counter.calls, "kept": kept, "loopback": loopback}
             (folder / f"counts-{train['RANK']}.json").write_text(json.dumps(counts))
 
+    dist.all_reduce = all_reduce
     train["make_optimizer"] = make_optimizer
     train["SpanModel"].forward = forward
     train["main"] = main
