@@ -12,6 +12,7 @@ a strategy takes: Rajbhandari et al. 2020, "ZeRO", section 7; Zhao et al. 2023, 
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -158,10 +159,9 @@ def sent_by_ring(collectives):
 
 
 def sent_through_loopback(counts, world):
-    """Returns what a rank has sent in a step, headers included: the median step's, as a save falls
-    between two of them."""
-    readings = counts["loopback"]
-    differences = [after - before for before, after in zip(readings, readings[1:])]
+    """Returns what a rank has sent in a step, headers included: the median of the last steps."""
+    readings = counts["loopback"][-STEPS:]
+    differences = [after - before for before, after in itertools.pairwise(readings)]
     return statistics.median(differences) / world
 
 

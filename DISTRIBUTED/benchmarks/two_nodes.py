@@ -2,26 +2,35 @@
 
     python DISTRIBUTED/benchmarks/two_nodes.py [MBIT ...]
 
-The nodes are network namespaces of this machine with a cable between them, and torchrun starts two
-ranks in each, so neither SLURM nor .ci/slurm-cluster is needed (link.py measures there). tc limits
-what each node sends. PowerSGD is the diff of DISTRIBUTED/README.md, applied to a copy of train.py.
+The nodes are network namespaces of this machine with a cable between them and two ranks in each, so
+neither SLURM nor .ci/slurm-cluster is needed (link.py measures there). tc limits what each node
+sends. PowerSGD is the diff of DISTRIBUTED/README.md, applied to a copy of train.py.
 Writes DISTRIBUTED/results/two-nodes.json, for report.py --table measured.
 """
 
 import argparse
 import json
-import os
+import signal
+import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import sent
+from ranks import torchrun_variables
 from sent import measuring
 
 NODES = ["squad-node0", "squad-node1"]
 NETWORK = "10.87.0"
-RANKS_PER_NODE = 2
+RANKS = 4
+PORT = "29500"
+# Run by each rank before it begins: what it opens from then on belongs to its node.
+ENTER_NODE = """
+import ctypes
+CLONE_NEWNET = 0x40000000
+if ctypes.CDLL(None).setns(os.open("/var/run/netns/{node}", os.O_RDONLY), CLONE_NEWNET):
+    raise OSError("cannot enter the network namespace {node}")
+"""
 STEPS = 40
 WORDS = ["--sample", "--device", "cpu", "--no-profile", "--log-every", "1", "--max-steps", STEPS]
 WORDS += ["--limit", "200"]
@@ -71,38 +80,32 @@ def bytes_from_nodes():
     return total
 
 
-def train(script, words, output):
-    """Trains on both nodes, as node.sh would start it; returns each step of timings.json."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(NODES)}"]
-    torchrun += [f"--nproc-per-node={RANKS_PER_NODE}", f"--master-addr={NETWORK}.1"]
-    torchrun += ["--master-port=29500"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-    environment["SQUAD_CACHE"] = str(output.parent / "cache")
-    agents = []
-    for number, node in enumerate(NODES):
-        command = ["ip", "netns", "exec", node, *torchrun, f"--node-rank={number}"]
-        command += [script, *words, "--output", output]
-        command = [str(word) for word in command]
-        with open(f"{output}-{number}.log", "w") as log:
-            agent = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        agents.append(agent)
+def train(nursery, script, words, output):
+    """Trains with two ranks on each node; returns each step of timings.json."""
+    all_variables = torchrun_variables(RANKS, len(NODES), PORT)
+    lives = []
     try:
-        codes = [agent.wait(timeout=900) for agent in agents]
+        for rank, variables in enumerate(all_variables):
+            variables |= {"MASTER_ADDR": f"{NETWORK}.1", "GLOO_SOCKET_IFNAME": "eth0"}
+            log = f"{output}-{rank}.log"
+            enter_node = ENTER_NODE.format(node=NODES[rank * len(NODES) // RANKS])
+            life = nursery.start(script, [*words, "--output", output], log, enter_node, **variables)
+            lives.append(life)
+        for life in lives:
+            life.end(seconds=900)
     finally:
-        for agent in agents:
-            agent.terminate()
-    if codes != [0, 0]:
-        sys.exit(Path(f"{output}-0.log").read_text()[-3000:])
+        for life in lives:
+            life.kill(signal.SIGKILL)
     return json.loads((output / "timings.json").read_text())["intervals"]
 
 
-def measure(case, rate, script, folder):
+def measure(nursery, case, rate, script, folder):
     """Trains a case on this link; returns its row."""
     strategy, gradients = case
     words = [*WORDS, "--strategy", strategy]
     words += ["--gradients", "fp32" if gradients == sent.POWERSGD else gradients]
     before = bytes_from_nodes()
-    steps = train(script, words, folder / f"{rate}-{strategy}-{gradients}")
+    steps = train(nursery, script, words, folder / f"{rate}-{strategy}-{gradients}")
     crossed = bytes_from_nodes() - before
     losses = [step["loss"] for step in steps]
     seconds = [step["seconds"] for step in steps]
@@ -111,7 +114,7 @@ def measure(case, rate, script, folder):
         f"{rate} Mbit/s" if rate else "not limited",
         strategy,
         gradients,
-        round(1000 * sum(steady) / len(steady)),
+        round(1000 * statistics.median(steady)),
         round(sum(seconds), 1),
         round(crossed / len(NODES) / 1e6),
         round(losses[sent.POWERSGD_START], 4),
@@ -122,9 +125,9 @@ def measure(case, rate, script, folder):
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("rates", type=int, nargs="*", help="Mbit/s, 0: not limited (default: 0 100)")
+    add("rates", type=int, nargs="*", help="Mbit/s, 0: not limited (default: 0 25)")
     options = parser.parse_args()
-    options.rates = options.rates or [0, 100]
+    options.rates = options.rates or [0, 25]
     return options
 
 
@@ -137,20 +140,21 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             powersgd = sent.powersgd_script(folder / "powersgd")
-            for rate in options.rates:
-                limit_link(rate)
-                for case in CASES:
-                    script = powersgd if case[1] == sent.POWERSGD else sent.DISTRIBUTED
-                    row = measure(case, rate, script, folder)
-                    rows.append(row)
-                    print(row, flush=True)
+            with sent.Nursery(SQUAD_CACHE=str(folder / "cache")) as nursery:
+                for rate in options.rates:
+                    limit_link(rate)
+                    for case in CASES:
+                        script = powersgd if case[1] == sent.POWERSGD else sent.DISTRIBUTED
+                        row = measure(nursery, case, rate, script, folder)
+                        rows.append(row)
+                        print(row, flush=True)
     finally:
         remove_nodes()
     table = {
         "title": "Strategies and PowerSGD between two nodes",
         "conditions": "two network namespaces of one machine, two gloo ranks in each, which share"
-        f" its cores; the sample's BERT, batch 16, {STEPS} steps; tc limits what each node sends."
-        f" A step: the mean from step {MEASURED_FROM + 1} on. Sent by each node: in the whole run,"
+        f" its cores with other programs; the sample's BERT, batch 16, {STEPS} steps; tc limits what each node sends."
+        f" A step: the median from step {MEASURED_FROM + 1} on. Sent by each node: in the whole run,"
         " with its start (four all-reduces of a gradient) and its end, headers included. PowerSGD"
         f" sends exact gradients for {sent.POWERSGD_START} steps",
         "columns": [
