@@ -1,6 +1,6 @@
 """Counts what each strategy sends and keeps, on gloo ranks of this machine's CPU. As root:
 
-    unshare --net bash -c 'ip link set lo up && python DISTRIBUTED/benchmarks/sent.py'
+    unshare -n bash -c 'ip link set lo up && python DISTRIBUTED/benchmarks/sent.py'
 
 In a network namespace of its own, so that nothing else uses its loopback interface, which is read
 too. Writes DISTRIBUTED/results/sent.json and collectives.json, for report.py --table measured.
