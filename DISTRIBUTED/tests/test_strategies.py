@@ -60,25 +60,30 @@ def test_a_sharded_strategy_accumulates(ranks, strategy):
 
 
 @pytest.mark.slow  # run_2x2.sbatch's own tests start two agents with ddp
-def test_hsdp_on_two_agents_of_two_ranks(ranks, tmp_path):
-    """torchrun once per node, as run_2x2.sbatch starts it; here both nodes are this machine."""
-    words = [str(word) for word in [*SHORT, "--batching", "bucketed"]]
+@pytest.mark.parametrize(("strategy", "per_node"), [("hsdp", 2), ("ddp", 8), ("hsdp", 8)])
+def test_two_agents_have_one_ranks_losses(ranks, tmp_path, strategy, per_node):
+    """torchrun once per node, as run_2x2.sbatch starts it; here both nodes are this machine.
+
+    30 features in batches of 16: with 16 ranks two have none in each second step."""
+    words = [*SHORT, "--batching", "bucketed", "--batch-size", 16, "--epochs", 6]
+    words = [str(word) for word in words]
     output = tmp_path / "output"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+    command += [f"--nproc-per-node={per_node}"]
     command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["SQUAD_CACHE"] = str(tmp_path / "cache")
     agents = []
     for node in range(2):
         own = [f"--node-rank={node}", str(DISTRIBUTED), *words]
-        own += ["--strategy", "hsdp", "--output", str(output)]
+        own += ["--strategy", strategy, "--output", str(output)]
         with open(tmp_path / f"log-{node}", "w") as log:
             agent = subprocess.Popen(
                 command + own, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         agents.append(agent)
     try:
-        codes = [agent.wait(timeout=240) for agent in agents]
+        codes = [agent.wait(timeout=120 * per_node) for agent in agents]
     finally:
         for agent in agents:
             agent.terminate()
@@ -86,7 +91,7 @@ def test_hsdp_on_two_agents_of_two_ranks(ranks, tmp_path):
     assert codes == [0, 0], "\n".join(logs)[-5000:]
     run = Run(output, codes, logs)
     results = run.read("results.json")
-    assert (results["world_size"], results["nodes"]) == (4, 2)
+    assert (results["world_size"], results["nodes"]) == (2 * per_node, 2)
     assert_same_training(ranks.once(0, *words), run, least_steps=12)
 
 
