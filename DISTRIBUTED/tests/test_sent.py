@@ -42,8 +42,9 @@ def test_a_rank_sends_and_keeps_what_the_formula_says(ranks, strategy, gradients
     assert kept == pytest.approx(sent.bytes_kept(strategy, *shape), rel=0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "few", "many"), [("ddp", 2, 4), slow("fsdp", 2, 16), slow("hsdp", 4, 16)]
+    ("strategy", "few", "many"), [("ddp", 2, 4), ("fsdp", 2, 16), ("hsdp", 4, 16)]
 )
 def test_what_ranks_do_beside_the_steps_does_not_grow_with_them(ranks, strategy, few, many):
     """Their collectives are as many, and no rank is sent files or scripts of all others."""
