@@ -207,10 +207,10 @@ def test_counts_are_those_committed(train):
 )
 def test_a_run_leaves_results_that_no_table_takes(start, tmp_path, ways):
     output = tmp_path / "run"
-    words = ["--sample", "--max-steps", 12, *ways, "--output", output]
+    words = ["--sample", "--max-steps", 16, *ways, "--output", output]
     assert "FAKE NVIDIA" in start(*words, **ZEROS).end()
     results = json.loads((output / "results.json").read_text())
-    assert results["steps"] == 12 and results["arguments"]["precision"] == "bf16"
+    assert results["steps"] == 16 and results["arguments"]["precision"] == "bf16"
     assert results["arguments"]["compile"] == ("--compile" in ways)
     assert "FAKE NVIDIA" in refusal(output)
 
@@ -238,7 +238,7 @@ def test_out_of_memory_is_one_line_with_its_fix(start, tmp_path):
 def test_ladder(tmp_path):
     """All of a GPU's rungs train; report.py then refuses their table, so the exit code is 2."""
     command = ["bash", BASELINE / "ladder.sbatch", "--sample", "--output", tmp_path]
-    environment = {**os.environ, **ZEROS, "VENV": sys.prefix, "LADDER_STEPS": "8"}
+    environment = {**os.environ, **ZEROS, "VENV": sys.prefix, "LADDER_STEPS": "16"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr and "computes nothing" in done.stderr.splitlines()[-1]
