@@ -157,7 +157,7 @@ class Project:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def run(self, *command, timeout=60, **environment):
+    def run(self, *command, timeout=300, **environment):
         process = self.start(*command, **environment)
         process.output, process.error = process.communicate(timeout=timeout)
         return process

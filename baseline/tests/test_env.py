@@ -98,7 +98,7 @@ def test_fake_gpu_says_in_one_line_what_is_wrong(venv, words, line):
 def test_two_starts_at_once_make_one_environment(cold):
     command = ("bash", "-c", f"source baseline/env.sh && {SHOW_LEAF}")
     starts = [cold.start(*command) for _ in range(2)]
-    answers = [start.communicate(timeout=60) for start in starts]
+    answers = [start.communicate(timeout=300) for start in starts]
     assert [start.returncode for start in starts] == [0, 0], answers
     assert [output for output, _ in answers] == ["1.0\n", "1.0\n"]  # and nothing else
     errors = "".join(error for _, error in answers)
@@ -114,7 +114,7 @@ def test_a_ready_environment_is_entered_quickly_and_silently(cold, fast_python):
         answer = cold.source("command -v python", **fast_python)
         seconds.append(time.perf_counter() - begin)
         assert (answer.output, answer.error) == (f"{cold.root}/.venv/bin/python\n", "")
-    assert min(seconds) < 0.2
+    assert min(seconds) < 0.5  # importing torch alone would take longer
 
 
 def test_it_says_what_it_does_and_for_how_long(cold, fast_python):
@@ -146,7 +146,7 @@ def test_a_start_that_waits_goes_on_when_the_other_is_killed(cold):
     assert "another start is making" in second.stderr.readline()
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    output, error = second.communicate(timeout=60)
+    output, error = second.communicate(timeout=300)
     assert output == "1.0\n", error
 
 

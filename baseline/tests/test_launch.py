@@ -739,7 +739,7 @@ def test_ladder_and_scaling_stop_the_run_under_way_and_start_no_other(
 
 def test_scaling_runs_each_shape_under_both_rules_and_goes_on(project):
     job = project.slurm(nodes=2, gpus=2)
-    answer = project.script("DISTRIBUTED/scaling.sbatch", SCALING_REPEATS="1", timeout=120, **job)
+    answer = project.script("DISTRIBUTED/scaling.sbatch", SCALING_REPEATS="1", **job)
     assert answer.returncode == 0, answer.error
     runs = {}
     for arguments, environment in told(answer.output):
