@@ -278,6 +278,8 @@ def train(training, disturbances, note, enough, seed):
         training.wait(lambda due=due: time.monotonic() > due, "time")
         if training.finished() or (training.step() or STEPS) > STEPS - LAST_STEPS:
             return
+        if training.has_ended():
+            raise Wrong(f"job {training.job} is {training.state()}, by itself: see its log")
         seconds = time.monotonic() - disturbed_at
         disturbed_at = time.monotonic()
         record = disturb(training, draw)
