@@ -68,6 +68,24 @@ def last_step(log):
     return int(steps[-1].replace(",", "")) if steps else None
 
 
+def processes(node):
+    """Returns process number and command of all that runs on a node."""
+    found = []
+    for pid in call("ip", "netns", "pids", f"node{node}").split():
+        with contextlib.suppress(OSError):
+            found.append((int(pid), Path(f"/proc/{pid}/cmdline").read_text().split("\0")))
+    return found
+
+
+def restart_node(node):
+    """Ends all on a node but SLURM's daemon. Were the batch script still there when the node is
+    back, SLURM would start the job beside it, call that a duplicate, and hold the job."""
+    for pid, command in processes(node):
+        if command[0] != "slurmd":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 # 1. A training: one --output, and as many jobs and starts of them as it takes
 
 
@@ -144,15 +162,11 @@ class Training:
 
     def ranks(self):
         """Returns the process numbers of the ranks on both nodes."""
-        pids = call("ip", "netns", "pids", "node1").split()
-        pids += call("ip", "netns", "pids", "node2").split()
         ranks = []
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                python = "python" in command[0] and "torch.distributed.run" not in command
-                if python and str(self.output) in command:
-                    ranks.append(int(pid))
+        for pid, command in processes("1") + processes("2"):
+            python = "python" in command[0] and "torch.distributed.run" not in command
+            if python and str(self.output) in command:
+                ranks.append(pid)
         return ranks
 
     def read_losses(self):
@@ -210,6 +224,7 @@ def cut_for_long(training, restarts, draw):
     try:
         training.wait_for_effect(restarts)
     finally:
+        restart_node(node)
         call(CLUSTER, "mend", node)
 
 
@@ -221,7 +236,7 @@ DISTURBANCES = {
     "preempted, with a minute's grace": (preempt, 18),
     "a rank killed (SIGKILL)": (kill_rank, 18),
     "a node's link cut for 2 to 12 s": (cut_briefly, 7),
-    "a node's link cut until SLURM gives the node up": (cut_for_long, 3),
+    "a node's link cut until SLURM gives the node up, the node restarted": (cut_for_long, 3),
 }
 
 
@@ -278,6 +293,8 @@ def train(training, disturbances, note, enough, seed):
         training.wait(lambda due=due: time.monotonic() > due, "time")
         if training.finished() or (training.step() or STEPS) > STEPS - LAST_STEPS:
             return
+        if training.has_ended():
+            raise Wrong(f"job {training.job} is {training.state()}, by itself: see its log")
         seconds = time.monotonic() - disturbed_at
         disturbed_at = time.monotonic()
         record = disturb(training, draw)
