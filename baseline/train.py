@@ -1601,7 +1601,9 @@ class StepGraph:
     input, learning rates, and a place for its loss, all on the device and of its own. The default
     stream cannot be recorded, so all of the run is on another one."""
 
-    AFTER = 3  # steps, in which all is allocated and compiled
+    # Steps of the warm-up, in which all is allocated and compiled. A run of fewer than 16 steps has
+    # no longer warm-up than that, and records no graph.
+    AFTER = 3
 
     def __init__(self, args, span_model, optimizer, features, plan, device):
         self.args = args
@@ -1666,7 +1668,6 @@ def train(
     with make_profiler(f"{output}/tensorboard", skipped, device, state) as profiler:
         for step in range(first, steps):
             set_learning_rate(optimizer, learning_rate_factor(step, steps, args.warmup))
-            # Within the warm-up: a run of fewer than 16 steps is too short for a graph.
             if args.cuda_graph and step == first + StepGraph.AFTER < warmup_end:
                 graph = StepGraph(args, span_model, optimizer, features, plan, device)
             if graph:
