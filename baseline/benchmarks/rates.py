@@ -3,7 +3,7 @@
     python baseline/benchmarks/rates.py                       24 trainings of the small BERT: hours
     python baseline/benchmarks/rates.py --sample --seeds 1    the sample instead: minutes
 
-Writes baseline/results/learning-rates.json, for report.py --table learning-rates, anew after each
+Writes baseline/results/learning-rates.json, for report.py --table measured, anew after each
 training. Options that are not its own go to train.py. The runs are kept in --work: one that is
 there is not done again.
 
