@@ -291,7 +291,7 @@ def test_a_job_that_was_cancelled_stays_so(project):
     job = project.slurm() | {"VENV": str(project.venv), "STUB_TRAIN": "30"}
     # Deaf for a second: the request is kept until it is asked for.
     stub = project.root / "baseline/train.py"
-    text = stub.read_text().replace("until = time", "time.sleep(1)\nuntil = time")
+    text = stub.read_text().replace("\nuntil = time", "\ntime.sleep(1)\nuntil = time")
     stub.write_text(text)
     process = project.start("bash", "baseline/run.sbatch", "--output", "out", **job)
     for line in process.stdout:
