@@ -94,7 +94,10 @@ class Meter:
 
     def tokens(self):
         """Returns the real tokens of the steps that count."""
-        return sum(int(count) for count in self.token_counts[self.first_step : self.last_step])
+        tokens = sum(int(count) for count in self.token_counts[self.first_step : self.last_step])
+        if tokens == 0:
+            raise RuntimeError("no token was counted, as on a GPU that computes nothing")
+        return tokens
 
 
 class Setup:
