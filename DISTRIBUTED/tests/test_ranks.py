@@ -88,7 +88,7 @@ def count_reductions(trace):
     return {name: operators.count(name) for name in names}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_micro_batches_take_no_more_reductions(ranks, strategy):
     """Only a step's last micro-batch sends gradients, those of all of them."""
     counts = []
