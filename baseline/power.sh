@@ -1,5 +1,5 @@
-# The power of a run's GPUs, once a second, into a file in the run's folder: power-0.csv is of node 0
-# and so on. report.py integrates it over the training. job.sh and node.sh source it.
+# The power of a run's GPUs, once a second, into a file in the run's folder: power-0.csv is that of
+# node 0, and so on. report.py integrates it over the training. job.sh and node.sh source it.
 # shellcheck shell=bash
 
 # sample_power FOLDER PID NODE: until the process PID has ended, in whatever way. Each life of a run

@@ -1601,8 +1601,8 @@ class StepGraph:
     input, learning rates, and a place for its loss, all on the device and of its own. The default
     stream cannot be recorded, so all of the run is on another one."""
 
-    # Steps of the warm-up, in which all is allocated and compiled. A run of fewer than 16 steps has
-    # no longer warm-up than that, and records no graph.
+    # The steps before it is recorded, in which all is allocated and compiled. A run of fewer than
+    # 16 steps warms up for no more than these, and is too short for a graph.
     AFTER = 3
 
     def __init__(self, args, span_model, optimizer, features, plan, device):
