@@ -216,11 +216,14 @@ def scaling_checks(latency):
 
 
 def slow_link_checks(latency):
-    """The table of link.py. A limited link has the limit's bandwidth, others the measured one."""
+    """ddp's rows of link.py's table. A limited link has the limit's bandwidth, others the measured
+    one."""
     content = json.loads((RESULTS / "slow-link.json").read_text())
     checks = []
     for row in content["rows"]:
         values = dict(zip(content["columns"], row, strict=True))
+        if values.get("strategy", "ddp") != "ddp":
+            continue
         gradients = values["gradients"]
         batch = values["batch"]
         limit = re.match(r"(\d+) Mbit/s", values["link"])

@@ -7,9 +7,9 @@ Writes baseline/results/learning-rates.json, for report.py --table measured, ane
 training. Options that are not its own go to train.py. The runs are kept in --work: one that is
 there is not done again.
 
-The rates are those of train.py's rule, learning rate = K x sqrt(batch), at one, two, four and eight
-times the paper's K: a small BERT and few updates want more than BERT-Base and two epochs. A batch's
-best rate follows the rule where all batches have the same best K.
+The rates are those of train.py's rule, learning rate = K x sqrt(batch), at 4 to 32 times the
+paper's K: a small BERT and few updates want more than BERT-Base and two epochs. A batch's best rate
+follows the rule where all batches have the same best K.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import measuring
 
 FIRST_SEED = 42
 PAPERS_K = 5e-5 / math.sqrt(32)  # the paper's rate and batch
-TIMES = [1, 2, 4, 8]
 
 
 def words_for_all(options, words):
@@ -98,6 +97,7 @@ def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--batches", type=int, nargs="+", default=[16, 64])
+    add("--times", type=int, nargs="+", default=[4, 8, 16, 32], help="rates, of the rule's")
     add("--updates", type=int, default=264, help="three epochs of the smaller batch")
     add("--seeds", type=int, default=3)
     add("--at-once", type=int, default=1, help="trainings side by side: F1 is asked, not speed")
@@ -113,7 +113,7 @@ def main():
     runs = {}
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     # All of a seed first: the table is whole from the first seed on.
-    settings = list(itertools.product(seeds, options.batches, TIMES))
+    settings = list(itertools.product(seeds, options.batches, options.times))
     train_setting = functools.partial(train_one, options, words)
     with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
         for (seed, batch, times), results in zip(settings, pool.map(train_setting, settings)):
