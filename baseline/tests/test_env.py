@@ -138,6 +138,7 @@ def test_a_killed_start_is_repaired_by_the_next(cold):
     assert [path.name for path in cold.root.glob(".venv*")] == [".venv"]
 
 
+@pytest.mark.slow
 def test_a_start_that_waits_goes_on_when_the_other_is_killed(cold):
     first = cold.start("bash", "-c", "source baseline/env.sh")
     while "torch comes from" not in first.stderr.readline():
@@ -250,6 +251,7 @@ def test_index_and_version_can_be_chosen_and_stay(cold, fast_python):
         assert (answer.returncode, answer.error) == (0, "")
 
 
+@pytest.mark.slow
 def test_another_index_reinstalls_torch(cold):
     for label in ("cu126", "cu130"):
         folder = cold.root.parent / label / "torch"

@@ -110,6 +110,7 @@ def test_the_output_is_chosen_once_or_as_given(project, script):
     assert outputs == {f"runs/{script.split('/')[0]}-123456"}
 
 
+@pytest.mark.slow
 def test_it_finds_the_project_when_slurm_runs_a_copy(project):
     spool = project.root.parent / "spool"
     spool.mkdir()

@@ -506,6 +506,7 @@ def test_one_seed_gives_one_training(start, tmp_path):
     assert losses(tmp_path / "one") != losses(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_accumulation_changes_no_loss(start, tmp_path):
     for accumulate in (1, 4):
         words = ("--sample", "--max-steps", 3, "--log-every", 1, "--no-profile")

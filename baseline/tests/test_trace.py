@@ -177,6 +177,7 @@ def test_shares_equal_a_count_by_milliseconds(tmp_path):
         assert abs(float(exposed) / 100 - shares[1]) < 0.0006
 
 
+@pytest.mark.slow
 def test_a_large_trace_takes_seconds(tmp_path):
     run = cpu_run(tmp_path / "run")
     events = [event for number in range(20_000) for event in cpu_step(number, 10 * number)]
@@ -285,6 +286,7 @@ def test_tensorboard_gets_tables_and_a_time_line_once(tmp_path):
     assert len(list(run.rglob("*"))) == len(before) + 2
 
 
+@pytest.mark.slow
 def test_tensorboard_without_a_trace(tmp_path):
     pytest.importorskip("torch.utils.tensorboard")
     run = cpu_run(tmp_path / "run")
@@ -293,6 +295,7 @@ def test_tensorboard_without_a_trace(tmp_path):
     assert "no trace in its tensorboard folder" in texts["traces"][0] and not images
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_with_tensorboard_harms_no_run(tmp_path):
     run = cpu_run(tmp_path / "run")
     path = write_trace(run, 0, cpu_step(5, 0))
