@@ -1049,7 +1049,7 @@ def check_config(config, where):
     padding = getattr(config, "pad_token_id", None) or 0
     words = getattr(config, "vocab_size", 1)
     checks = [
-        ("num_hidden_layers", layers >= 1, "1 or more"),
+        ("num_hidden_layers", layers >= 1, "at least 1"),
         ("num_attention_heads", heads >= 1 and size % heads == 0, f"a divisor of {size}"),
         ("pad_token_id", padding < words, f"less than vocab_size, {words}"),
     ]
