@@ -962,13 +962,15 @@ def check_model_folder(name, where):
     is_path = name.count("/") > 1 or name.startswith(("/", ".", "~"))  # the hub has owner/model
     if is_path and not folder.exists():
         raise Problem(f"{where}: there is no such folder: give one that holds a model")
-    if folder.name == "checkpoint.pt" or (folder / "checkpoint.pt").exists():
+    names = {folder.name}
+    if folder.is_dir():
+        names = {file.name for file in folder.iterdir() if file.exists()}  # not a link to nothing
+    if "checkpoint.pt" in names:
         raise Problem(f"{where} is a run that has not finished: finish it, then give its model/")
     if folder.is_file():
         raise Problem(f"{where} is a file: give the folder that it is in")
     if not folder.is_dir():
         return
-    names = {file.name for file in folder.iterdir() if file.exists()}  # not a link to nothing
     # A run's folder has model/, and the hub's cache models--OWNER--NAME/snapshots/HASH.
     below = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
     below += folder.glob("models--*/snapshots/*/config.json")
