@@ -76,7 +76,7 @@ MAX_ANSWER_TOKENS = 30
 EVALUATION_BATCH_TOKENS = 16384
 SAVE_SECONDS = 300
 # To be raised when build_features changes: features that were kept are then made anew.
-FEATURES_VERSION = 3
+FEATURES_VERSION = 4
 # A training that would take a CPU more hours than this is taken for a mistake.
 CPU_HOURS = 2
 # A step of warm-up for the profiler itself, then two that it records.
@@ -708,8 +708,9 @@ SUMMARY = [
 ]
 
 
-def build_features(examples, tokenizer, args, source):
-    """Tokenises each question with its context, cut into windows of at most --max-length tokens.
+def build_features(examples, tokenizer, args, source, longest=2**31):
+    """Tokenises each question with its context, cut into windows of at most --max-length tokens,
+    of which the model could take `longest`.
 
     Returns arrays; the windows' tokens lie end to end:
       input_ids, token_types [tokens]; offsets [tokens, 2]: their characters in the context;
@@ -720,7 +721,7 @@ def build_features(examples, tokenizer, args, source):
       token) where it does not hold the whole answer;
       summary [6]: the counts that SUMMARY names.
     Raises Problem, with source, the file's name, where a question leaves no room for a context."""
-    check_questions_fit(examples, tokenizer, args, source)
+    check_questions_fit(examples, tokenizer, args, source, longest)
     columns = collections.defaultdict(list)
     without_word = []
     for first in progress(range(0, len(examples), 1000), f"tokenising {source}"):
@@ -733,6 +734,7 @@ def build_features(examples, tokenizer, args, source):
             stride=args.stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
+            return_token_type_ids=True,  # some tokenizers leave them out if they are not asked
         )
         for window, index in enumerate(encoding["overflow_to_sample_mapping"]):
             input_ids = encoding["input_ids"][window]
@@ -745,8 +747,7 @@ def build_features(examples, tokenizer, args, source):
             context_end = len(sequence_ids) - sequence_ids[::-1].index(1)
             start, end = find_answer(batch[index], offsets[context_first:context_end])
             columns["input_ids"].append(np.array(input_ids, np.int32))
-            if "token_type_ids" in encoding:
-                columns["token_types"].append(np.array(encoding["token_type_ids"][window], np.int8))
+            columns["token_types"].append(np.array(encoding["token_type_ids"][window], np.int8))
             columns["offsets"].append(offsets)
             columns["example"].append(first + index)
             columns["context_first"].append(context_first)
@@ -765,10 +766,11 @@ def build_features(examples, tokenizer, args, source):
     return features
 
 
-def check_questions_fit(examples, tokenizer, args, source):
+def check_questions_fit(examples, tokenizer, args, source, longest):
     """Raises Problem where a window has no room for context beside the question and the overlap."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     wrong = []
+    longest_question = 0  # of the wrong ones: what is right for it is right for all
     for first in range(0, len(examples), 1000):
         batch = examples[first : first + 1000]
         questions = [example["question"].lstrip() for example in batch]
@@ -779,12 +781,19 @@ def check_questions_fit(examples, tokenizer, args, source):
                 continue
             context = tokenizer(example["context"], add_special_tokens=False)["input_ids"]
             if not 0 < len(context) <= room:
+                longest_question = max(longest_question, len(question))
                 what = f"{example['id'][:60]!r} ({len(question)} tokens, context {len(context)})"
-                fix = "lower --stride" if room > 0 else "shorten it"
-                wrong.append(f"{what}: raise --max-length or {fix}")
+                wrong.append(what)
     if wrong:
-        what = f"{len(wrong):,} of {len(examples):,} questions do not fit"
-        raise Problem(f"{source}: {what}, the first is {wrong[0]}")
+        what = f"{len(wrong):,} of {len(examples):,} questions do not fit, the first is {wrong[0]}"
+        used = longest_question + special
+        max_length = max(args.max_length, min(longest, used + 1 + args.stride))
+        stride = min(args.stride, (max_length - used) // 2)
+        fix = f"give --max-length {max_length} --stride {stride}"
+        if used >= longest:
+            most = longest - special - 1
+            fix = f"shorten them to {most} tokens, as the model has {longest} positions"
+        raise Problem(f"{source}: {what}: {fix}")
 
 
 def find_answer(example, offsets):
@@ -831,7 +840,7 @@ def summarise(examples, features, tokenizer):
     return np.array(counts)
 
 
-def load_features(path, split, tokenizer, args):
+def load_features(path, split, tokenizer, args, longest=2**31):
     """Returns the features of a file, or of the hub's split: from the cache, or built and kept.
 
     Besides build_features' arrays: lengths [windows]; examples, of the validation questions alone,
@@ -847,7 +856,6 @@ def load_features(path, split, tokenizer, args):
         split,
         content,
         tokenizer_content,
-        tokenizer.model_input_names,
         tokenizer.truncation_side,
         args.limit,
         args.max_length,
@@ -860,7 +868,7 @@ def load_features(path, split, tokenizer, args):
     if not cached:
         log(f"building the features of {source}, once; they are kept in {file}")
         examples = read_squad(path, args.limit) if path else read_hub(split, args.limit)
-        features = build_features(examples, tokenizer, args, source)
+        features = build_features(examples, tokenizer, args, source, longest)
         forget_last_call(tokenizer)
         if split == "validation":
             features["examples"] = np.frombuffer(json.dumps(examples).encode(), np.uint8)
@@ -873,7 +881,8 @@ def load_features(path, split, tokenizer, args):
         except (OSError, Problem) as error:
             log(f"the features are not kept: {error}")
     counts = [f"{count:,} {what}" for count, what in zip(features["summary"], SUMMARY)]
-    log(f"{source}: {', '.join(counts)}")
+    unknown = np.mean(features["input_ids"] == tokenizer.unk_token_id)
+    log(f"{source}: {', '.join(counts)}, {unknown:.1%} of the tokens unknown")
     features["lengths"] = np.diff(features["begin"])
     features["content"] = content[:16]
     features["cached"] = cached
@@ -1032,7 +1041,7 @@ def feature_table(features, tokenizer, model, device):
     Takes the DataLoader's place: a batch is an index into these tensors, with no copy from the
     host, no worker and no wait."""
     names = ["input_ids", "begin", "lengths", "start", "end"]
-    if "token_types" in features and getattr(model.config, "type_vocab_size", 0) > 1:
+    if getattr(model.config, "type_vocab_size", 0) > 1:
         names.append("token_types")
     table = {name: torch.tensor(features[name], device=device) for name in names}
     table["first_position"] = first_position(model)
@@ -1127,48 +1136,164 @@ def load_tokenizer(args):
     """Returns the model's tokenizer and config; raises Problem on what cannot be trained here."""
     where = f"--model {args.model}"
     check_model_folder(args.model, where)
-    try:
+    fix = "give a folder that is there, or run bash baseline/prepare.sh for a model of the hub"
+    if Path(args.model).is_dir():
+        fix = "give a folder that save_pretrained has written"
+    with explain_loading(args.model, fix):
         is_adapter = transformers.utils.find_adapter_config_file(args.model) is not None
-        if not is_adapter:
-            config = transformers.AutoConfig.from_pretrained(args.model)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    except Exception as error:  # transformers' errors have no common class
-        fix = "give a folder that is there, or run bash baseline/prepare.sh for a model of the hub"
-        if Path(args.model).is_dir():
-            fix = "give a folder that save_pretrained has written"
-        raise Problem(f"{where}: {one_line(error)}: {fix}")
     if is_adapter:
         what = "has a PEFT adapter, which would be left out"
         raise Problem(f"{where} {what}: merge it first, with merge_and_unload(), and save that")
-    if not tokenizer.is_fast:
-        raise Problem(f"{where}: it has no fast tokenizer (tokenizer.json): save one there")
-    if len(tokenizer) > config.vocab_size:
-        what = f"its tokenizer has {len(tokenizer)} words, its config {config.vocab_size}"
-        raise Problem(f"{where}: {what}: give the tokenizer of this model")
+    with explain_loading(args.model, fix):
+        fields, _ = transformers.PreTrainedConfig.get_config_dict(args.model)
+        check_kind_of_model(fields, where)
+        config = transformers.AutoConfig.from_pretrained(args.model)
+    check_config(config, where)
+    with explain_loading(args.model, fix):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    check_tokenizer(tokenizer, config, args.model)
     return tokenizer, config
 
 
 def check_model_folder(name, where):
     """Raises Problem where --model names a folder that is not there, or that holds no model."""
     folder = Path(name)
+    if "://" in name:
+        raise Problem(f"{where} is an address: give the hub's name alone, as {HUB_MODEL}")
     is_path = name.count("/") > 1 or name.startswith(("/", ".", "~"))  # the hub has owner/model
     if is_path and not folder.exists():
-        raise Problem(f"{where}: there is no such folder")
+        raise Problem(f"{where}: there is no such folder: give one that holds a model")
+    names = {folder.name}
+    if folder.is_dir():
+        names = {file.name for file in folder.iterdir() if file.exists()}  # not a link to nothing
+    if "checkpoint.pt" in names:
+        raise Problem(f"{where} is a run that has not finished: finish it, then give its model/")
     if folder.is_file():
         raise Problem(f"{where} is a file: give the folder that it is in")
     if not folder.is_dir():
         return
-    names = set(os.listdir(folder))
-    below = sorted(folder.glob("*/config.json"))
+    # A run's folder has model/, and the hub's cache models--OWNER--NAME/snapshots/HASH.
+    below = [*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]
+    below += folder.glob("models--*/snapshots/*/config.json")
     if "config.json" not in names and below:
-        raise Problem(f"{where} has no config.json: give {below[0].parent}, which has one")
-    if "checkpoint.pt" in names:
-        raise Problem(f"{where} is a run that has not finished: finish it, then give its model/")
+        raise Problem(f"{where} has no config.json: give {min(below).parent}, which has one")
+    if not {"config.json", "adapter_config.json"} & names:
+        fix = "give a folder that save_pretrained has written"
+        if "bert_config.json" in names:
+            fix = "it is for TensorFlow: convert it, and save it with save_pretrained"
+        raise Problem(f"{where} has no config.json: {fix}")
     tokenizer_files = {"tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model"}
     if not tokenizer_files & names:
         raise Problem(f"{where} has no tokenizer.json: save the tokenizer in the same folder")
 
 
+@contextlib.contextmanager
+def explain_loading(name, fix):
+    """Makes a Problem of whatever a library raises as it reads the model's files: of the file that
+    is damaged, or else of what the library says, with this fix."""
+    try:
+        yield
+    except Problem:
+        raise
+    except Exception as error:  # transformers, safetensors, pickle: they have no common class
+        what = f"{one_line(error) or type(error).__name__}: {fix}"
+        raise Problem(f"--model {name}: {damaged_file(name) or what}")
+
+
+def damaged_file(name):
+    """Returns which file of a model's folder cannot be read, and the fix, or None."""
+    for file in sorted(Path(name).glob("*")):
+        if file.suffix not in (".json", ".txt", ".safetensors", ".bin") or not file.is_file():
+            continue
+        try:
+            with open(file, "rb") as opened:
+                beginning = opened.read(100)
+            lfs = b"version https://git-lfs"
+            if beginning.startswith(lfs):
+                return f"{file} is {NOT_JSON[lfs]}"
+            if not beginning:
+                return f"{file} is empty: fetch it again"
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix != ".txt":
+                read_shapes(file)
+        except OSError as error:
+            return f"{file}: {error.strerror}: make it readable, with chmod"
+        except pickle.UnpicklingError:  # what it says goes on for a page
+            return f"{file} is damaged, or holds more than tensors: save its state_dict() alone"
+        except Exception as error:
+            fix = fix_json(error) if file.suffix == ".json" else "fetch it again"
+            return f"{file} is damaged ({one_line(error)}): {fix}"
+
+
+def read_shapes(file):
+    """Returns the tensors of a file of weights, by name, with their shape and dtype alone."""
+    return transformers.modeling_utils.load_state_dict(file, map_location="meta")
+
+
+def check_kind_of_model(fields, where):
+    """Raises Problem where config.json's fields are those of a model that cannot be loaded here."""
+    kind = fields.get("model_type")
+    if kind is not None and kind not in transformers.CONFIG_MAPPING:
+        what = f"model_type in its config.json is {kind!r}, which transformers does not know"
+        raise Problem(f"{where}: {what}: write the model's own, as bert")
+    if fields.get("quantization_config"):
+        what = "its weights are quantised (quantization_config in its config.json)"
+        raise Problem(f"{where}: {what}: give the model before quantisation")
+
+
+def check_config(config, where):
+    """Raises Problem where config.json has no model for questions, or a field out of its range."""
+    if type(config) not in transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING:
+        raise Problem(f"{where} is a {config.model_type}: {FAMILY}")
+    layers = getattr(config, "num_hidden_layers", 1)
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "hidden_size", heads)
+    padding = getattr(config, "pad_token_id", None) or 0
+    words = getattr(config, "vocab_size", 1)
+    checks = [
+        ("num_hidden_layers", layers >= 1, "at least 1"),
+        ("num_attention_heads", heads >= 1 and size % heads == 0, f"a divisor of {size}"),
+        ("pad_token_id", padding < words, f"less than vocab_size, {words}"),
+    ]
+    for name in ("hidden_act", "activation"):
+        known = getattr(config, name, "gelu") in transformers.activations.ACT2FN
+        checks.append((name, known, "gelu, if it was that"))
+    for name in DROPOUT_NAMES:
+        probability = getattr(config, name, None) or 0
+        checks.append((name, 0 <= probability < 1, "less than 1"))
+    for name, is_right, fix in checks:
+        if not is_right:
+            field = config.attribute_map.get(name, name)  # as DistilBERT calls it
+            what = f"{field} in its config.json is {getattr(config, name)!r}"
+            raise Problem(f"{where}: {what}: give {fix}")
+
+
+def check_tokenizer(tokenizer, config, name):
+    """Raises Problem where the tokenizer does not fit the model, or marks no pair of texts; says
+    what may be a mistake."""
+    where = f"--model {name}"
+    if not tokenizer.is_fast:
+        raise Problem(f"{where}: it has no fast tokenizer (tokenizer.json): save one there")
+    words = max(tokenizer.get_vocab().values()) + 1
+    if words > config.vocab_size:
+        what = f"its tokenizer has {words} words, its config {config.vocab_size}"
+        raise Problem(f"{where}: {what}: give the tokenizer of this model")
+    if words < 0.9 * config.vocab_size:  # some models have a few more, for a round number
+        what = f"the tokenizer has {words:,} words, the model {config.vocab_size:,}"
+        log(f"{what}: is it this model's own?")
+    with explain_loading(name, "give the tokenizer of this model"):
+        encoding = tokenizer("a", "b", return_token_type_ids=True)
+        sequence_ids = encoding.sequence_ids(0)  # BERT's: None, 0, None, 1, None
+        between = sequence_ids[sequence_ids.index(0) : sequence_ids.index(1)]
+    if sequence_ids[0] is not None or None not in between:
+        what = "its tokenizer puts no [CLS] before a question, or no [SEP] after it"
+        raise Problem(f"{where}: {what}: set its post_processor, and save it again")
+    if getattr(config, "type_vocab_size", 0) > 1 and not any(encoding["token_type_ids"]):
+        log("the tokenizer gives all tokens type 0, though the model knows several token types")
+
+
+FAMILY = "give one of BERT's family, as BERT, RoBERTa, ELECTRA, DistilBERT"
 # What --dropout sets, as BERT and as DistilBERT name it.
 DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 DROPOUT_NAMES += ("dropout", "attention_dropout", "qa_dropout")
@@ -1214,23 +1339,18 @@ def load_model(args, config):
     family = transformers.AutoModelForQuestionAnswering
     options = {"attn_implementation": args.attention, "dtype": torch.float32}
     torch.manual_seed(args.seed)
-    loading = None
-    try:
-        if args.sample:
-            model = family.from_config(config, **options)
-        else:
-            options |= {"config": config, "weights_only": True, "output_loading_info": True}
-            # Weights of another shape are then in the loading's report, instead of an error.
-            options["ignore_mismatched_sizes"] = True
-            model, loading = family.from_pretrained(args.model, **options)
-    except Exception as error:  # safetensors, pickle, the file system each have their own
-        what = one_line(error)
-        if isinstance(error, pickle.UnpicklingError):  # it goes on for a page
-            what = "its .bin file is damaged, or holds more than tensors"
-        raise Problem(f"--model {args.model}: {what}: give a folder with all of its weights")
+    if args.sample:
+        model = family.from_config(config, **options)
+        check_model(model, args)
+        return model
+    options |= {"config": config, "weights_only": True, "output_loading_info": True}
+    # Weights of another shape are then in the loading's report, instead of an error.
+    options["ignore_mismatched_sizes"] = True
+    with explain_loading(args.model, "give a folder with all of its weights"):
+        model, loading = family.from_pretrained(args.model, **options)
     check_model(model, args)
-    if loading:
-        check_weights(model, loading, f"--model {args.model}")
+    check_weights(model, loading, f"--model {args.model}")
+    check_floating_point(args.model)
     return model
 
 
@@ -1251,36 +1371,85 @@ def check_weights(model, loading, where):
     missing = sorted(loading["missing_keys"] - head)
     if missing:
         what = f"{len(missing)} of its weights are not in its file, as {missing[0]}"
-        raise Problem(f"{where}: {what}: {why_missing(missing, unused, model.config)}")
+        raise Problem(f"{where}: {what}: {why_missing(missing, unused, model)}")
     not_finite = [name for name, one in model.named_parameters() if not one.isfinite().all()]
     if not_finite:
         what = f"{len(not_finite)} of its weights are not finite numbers, as {not_finite[0]}"
         raise Problem(f"{where}: {what}: give a file that was saved before")
     if head:
         log("the model's head for answers is new, with random weights from --seed")
+    beyond = layer_numbers(unused)
+    layers = getattr(model.config, "num_hidden_layers", 0)
+    if beyond and min(beyond) == layers:
+        what = f"the model's file has {max(beyond) + 1} layers, its config.json asks for {layers}"
+        log(f"{what}: those after them are left out")
     if unused:
         modules = sorted({".".join(name.split(".")[:4]) for name in unused})
         names = textwrap.shorten(", ".join(modules), 200, placeholder=" ...")
         log(f"{len(unused)} weights of the model's file are not used: {names}")
 
 
-def why_missing(missing, unused, config):
+# Words in the names of a file's weights that tell how it was saved, and the fix.
+SAVED_OTHERWISE = {
+    "state_dict": "it is a training's checkpoint: save what is below state_dict alone",
+    "model_state_dict": "it is a training's checkpoint: save what is below model_state_dict alone",
+    "base_layer": "it has an adapter beside its weights: save what merge_and_unload() returns",
+    "parametrizations": "its weights are parametrized: save after remove_parametrizations()",
+}
+
+
+def why_missing(missing, unused, model):
     """Returns the likely reason why a model's weights are missing in its file, and the fix."""
-    layers = {int(number) for number in re.findall(r"\.layer\.(\d+)\.", " ".join(missing))}
+    layers = layer_numbers(missing)
     first = min(layers, default=0)
-    if first and layers == set(range(first, config.num_hidden_layers)):
-        what = f"config.json asks for {config.num_hidden_layers} layers, the file has {first}"
+    asked = getattr(model.config, "num_hidden_layers", 0)
+    # Of the layers that the file lacks it has nothing, and no layer by another name.
+    of_layers = {name for name in model.state_dict() if layer_numbers([name]) & layers}
+    is_shorter = of_layers == set(missing) and not layer_numbers(unused)
+    if first and layers == set(range(first, asked)) and is_shorter:
+        what = f"config.json asks for {asked} layers, the file has {first}"
         return f"{what}: set num_hidden_layers to {first}"
+    for word, what in SAVED_OTHERWISE.items():
+        if any(word in name.split(".") for name in unused):
+            return what
     # With the family's prefix, as bert., and without it.
     for name in (missing[0], missing[0].split(".", 1)[-1]):
-        prefix = next((other.removesuffix(name) for other in unused if other.endswith(name)), None)
-        if prefix and prefix.strip(".") in transformers.CONFIG_MAPPING:
-            return f"they are a {prefix.strip('.')}'s: give the config.json that belongs to them"
-        if prefix:
-            return f"they begin with {prefix!r} there, a wrapper's name: save the model within it"
+        words = collections.Counter(name.split("."))
+        for other in unused:
+            others = collections.Counter(other.split("."))
+            if words - others or words == others:
+                continue
+            added = ".".join(others - words)
+            if added in transformers.CONFIG_MAPPING:
+                return f"they are a {added}'s: give the config.json that belongs to them"
+            what = f"they have {added!r} in their names there, a wrapper's"
+            return f"{what}: take it out of the names"
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(missing[0]))  # in whichever layer
+    if any(re.fullmatch(pattern, name) for name in unused):
+        return f"its layers have other numbers there, as {unused[0]}: number them from 0"
     if unused:
         return f"it is another architecture's, with {unused[0]}: give its own config.json"
     return "it is not complete: fetch it again"
+
+
+def layer_numbers(names):
+    """Returns the set of the encoder's layers that these weights are of."""
+    return {int(number) for number in re.findall(r"\.layer\.(\d+)\.", " ".join(names))}
+
+
+def check_floating_point(folder):
+    """Raises Problem where a folder's weights are no floating-point numbers: quantised ones would
+    be taken for the numbers that they stand for."""
+    pattern = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"
+    files = [file for file in sorted(Path(folder).glob("*")) if re.fullmatch(pattern, file.name)]
+    preferred = [file for file in files if file.suffix == ".safetensors"]
+    for file in preferred or files:
+        with explain_loading(folder, "save its weights in fp32"):
+            weights = read_shapes(file)
+        for name, tensor in weights.items():
+            if name.endswith(".weight") and not tensor.is_floating_point():
+                what = f"{name} in {file} is {tensor.dtype}, as if quantised"
+                raise Problem(f"--model {folder}: {what}: give the model before quantisation")
 
 
 def check_model(model, args):
@@ -1290,11 +1459,18 @@ def check_model(model, args):
     # Both flags: the model takes a boolean mask, and its attention function can be replaced.
     replaceable = model._supports_sdpa and model._supports_attention_backend
     if positions is None or not hasattr(model, "qa_outputs") or not replaceable:
-        what = f"--model {args.model} is a {model.config.model_type}"
-        raise Problem(f"{what}: give one of BERT's family, as BERT, RoBERTa, ELECTRA, DistilBERT")
-    longest = positions.num_embeddings - first_position(model)
+        raise Problem(f"--model {args.model} is a {model.config.model_type}: {FAMILY}")
+    longest = longest_input(model)
     if args.max_length > longest:
-        raise Problem(f"--max-length {args.max_length}: lower it to the model's {longest}")
+        what = f"--max-length {args.max_length}: the model has {longest} positions"
+        stride = min(args.stride, longest // 3)
+        raise Problem(f"{what}: give --max-length {longest} --stride {stride}")
+
+
+def longest_input(model):
+    """Returns how many tokens the model takes at once."""
+    positions = model.base_model.embeddings.position_embeddings
+    return positions.num_embeddings - first_position(model)
 
 
 def first_position(model):
@@ -2356,6 +2532,9 @@ def check_packed_attention(args, model, features):
     model.set_attn_implementation(args.attention)
     difference = (packed_logits - padded_logits).abs().max().item()
     largest = padded_logits.abs().max().item()
+    if not math.isfinite(largest):
+        what = "its logits are not finite numbers, as some of its weights are too large"
+        raise Problem(f"--model {args.model}: {what}: give a file that was saved before")
     rounding = 1e-3 if args.precision == "fp32" else 0.1
     if not difference <= rounding * largest:  # NaN is wrong too
         what = f"logits of up to {largest:.2g} differ from padded ones by {difference:.2g}"
@@ -2380,8 +2559,9 @@ def prepare(args):
     """Returns the tokenizer, the model, and the features to train and to evaluate on."""
     tokenizer, config = load_tokenizer(args)
     model = load_model(args, config)
-    features = load_features(args.train_file, "train", tokenizer, args)
-    validation = load_features(args.validation_file, "validation", tokenizer, args)
+    longest = longest_input(model)
+    features = load_features(args.train_file, "train", tokenizer, args, longest)
+    validation = load_features(args.validation_file, "validation", tokenizer, args, longest)
     seconds = features["seconds"] + validation["seconds"]
     how = "from the cache" if features["cached"] else "built"
     counts = f"{len(features['lengths']):,} and {len(validation['lengths']):,} features"

@@ -165,7 +165,7 @@ def test_windows_as_long_as_the_model_takes(train, tmp_path, family):
     assert answers[0] == answers[1]
     assert len(set(answers[0].values())) > 3
     args = parse(train, "--max-length", 41, "--stride", 10)
-    with pytest.raises(train.Problem, match="lower it to the model's 40"):
+    with pytest.raises(train.Problem, match="40 positions: give --max-length 40 --stride 10"):
         train.load_model(args, config)
 
 

@@ -58,9 +58,7 @@ def assert_usual_features(train, examples, tokenizer, max_length, stride):
         assert offsets == [list(pair) for pair in window["offsets"][first:end]]
         labels = (features["start"][number], features["end"][number])
         assert labels == window["labels"], examples[window["example"]]
-        assert ("token_types" in features) == ("token_types" in window)
-        if "token_types" in window:
-            assert features["token_types"][tokens].tolist() == window["token_types"]
+        assert features["token_types"][tokens].tolist() == window["token_types"]
     return windows
 
 
@@ -114,8 +112,10 @@ def test_a_question_that_leaves_no_room_is_refused(train, family, special):
     """The windows' overlap has to leave room for one more token; whatever fits whole is taken."""
     tokenizer = make_tokenizer(family)
     long = awkward_examples(count=20, questions=["?"])
-    with pytest.raises(train.Problem, match=r"a file.*q0.*raise --max-length or lower --stride"):
+    with pytest.raises(train.Problem, match=r"a file.*q0") as caught:
         build(train, long, tokenizer, special + 1 + 5, 5)
+    fix = re.search(r"give --max-length (\d+) --stride (\d+)$", str(caught.value))
+    build(train, long, tokenizer, *map(int, fix.groups()))
     short = [make_example("q", "?", "one", 0, 3)]
     tokens = len(tokenizer("one", add_special_tokens=False)["input_ids"])
     assert tokens <= 5
@@ -172,8 +172,34 @@ def test_summary_says_what_cannot_be_learnt(train, preparation):
     assert preparation.lines[-1] == (
         f"{preparation.file}: 17 questions, {windows:,} features, {without:,} features without an"
         " answer, 8 answers over 30 tokens, 3 answers that no window holds, 2 answers that do not"
-        " fall on tokens' edges"
+        " fall on tokens' edges, 0.0% of the tokens unknown"
     )
+
+
+def test_summary_says_how_much_is_unknown(preparation):
+    """An eighth: of [CLS] ? [SEP] 3 words [SEP] and the unknown one."""
+    preparation.file.write_text(json.dumps([make_example("q", "?", "the the the \u6771", 0, 3)]))
+    preparation.load("--max-length", 64, "--stride", 8)
+    assert preparation.lines[-1].endswith(", 12.5% of the tokens unknown")
+
+
+@pytest.mark.parametrize("longest, fits", [(21, True), (20, False)])
+def test_what_is_said_of_a_long_question_is_so(train, longest, fits):
+    """Both options at once, if the model has the positions for it."""
+    tokenizer = make_tokenizer("bert")
+    examples = [make_example(str(n), "is " * n, "the " * 60, 0, 3) for n in (3, 17, 11)]
+    args = parse(train, "--max-length", 14, "--stride", 9)
+    with pytest.raises(train.Problem) as caught:
+        train.build_features(examples, tokenizer, args, "a file", longest)
+    line = str(caught.value)
+    assert line.startswith("a file: 3 of 3 questions do not fit, the first is '3' (3 tokens")
+    if not fits:
+        assert line.endswith("shorten them to 16 tokens, as the model has 20 positions"), line
+        return
+    fix = re.search(r"give --max-length (\d+) --stride (\d+)$", line)
+    args.max_length, args.stride = map(int, fix.groups())
+    assert args.max_length <= longest
+    train.build_features(examples, tokenizer, args, "a file", longest)
 
 
 def test_summary_of_all_tokenizers(train, any_tokenizer):
@@ -309,12 +335,6 @@ def test_a_stale_cache_is_not_used(train, preparation):
     assert preparation.load("--batch-size", 3, "--seed", 7)[1], "features do not depend on these"
     preparation.file.write_text(preparation.file.read_text() + " ")
     assert not preparation.load()[1], "another file by the same name"
-    # DistilBERT's tokenizer over BERT's vocabulary: the same, but that it gives no token types.
-    tokenizer = train.load_tokenizer(parse(train))[0]
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    features, cached = preparation.load(tokenizer=tokenizer)
-    assert not cached
-    assert "token_types" not in features
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(train, preparation, monkeypatch, tmp_path):

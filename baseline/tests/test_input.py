@@ -379,7 +379,7 @@ CASES_REFUSED = {
     "null-question.json": "question is missing: give a text",
     "no-qas-key.json": f"1 of 3 {FIRST}: it has no",
     "long-question.json": "1 of 1 questions do not fit, the first is 'q1' (401 tokens, context 24):"
-    " raise --max-length or shorten it",
+    " give --max-length 533 --stride 64",
     "v2.json": f"1 of 4 {FIRST}.qas[1]: it has no answer: this is SQuAD v2",
     "test-set-without-answers.json": f"1 of 4 {FIRST}.qas[0]: it has no answers, as in a test set",
     "empty-context-no-qas.json": f"1 of 3 {FIRST}: context is empty: remove the paragraph",
@@ -506,7 +506,7 @@ def test_option_is_refused_by_name(words, train):
         (["--sample", "--output", ""], "--output"),
         (["--sample", "--learning-rate", "nan"], "--learning-rate: nan"),
         (["--sample", "--max-length", "8", "--stride", "5"], "--stride"),
-        (["--sample", "--max-length", "20", "--stride", "4"], "raise --max-length"),
+        (["--sample", "--max-length", "20", "--stride", "4"], "give --max-length"),
     ],
 )
 def test_command_refuses_options(words, says, refused):
@@ -602,11 +602,47 @@ MODELS = {
         None,
         ["32 of its weights", "bert.encoder.layer.2", "asks for 4", "has 2", "num_hidden_layers"],
     ),
-    "module": ({}, rename("", "module."), ["37 of its weights", "'module.'", "a wrapper's"]),
-    "compiled": ({}, rename("", "_orig_mod."), ["'_orig_mod.'", "a wrapper's"]),
-    "module without head": ({}, rename("bert", "module"), ["'module.'", "a wrapper's"]),
+    "module": ({}, rename("", "module."), ["37 of its weights", "'module'", "a wrapper's"]),
+    "compiled": ({}, rename("", "_orig_mod."), ["'_orig_mod'", "a wrapper's", "out of the names"]),
+    "module without head": ({}, rename("bert", "module"), ["'module'", "a wrapper's"]),
+    "a layer in module": (
+        {},
+        rename("bert.encoder.layer.1", "module.bert.encoder.layer.1"),
+        ["16 of its weights", "'module'", "a wrapper's"],
+    ),
+    "each layer compiled": (
+        {},
+        rename(r"bert.encoder.layer.(\d)", r"bert.encoder.layer.\1._orig_mod"),
+        ["32 of its weights", "'_orig_mod'", "a wrapper's"],
+    ),
+    "an adapter": (
+        {},
+        rename("bert(.*query)", r"base_model.model.bert\1.base_layer"),
+        ["an adapter beside its weights", "merge_and_unload()"],
+    ),
+    "parametrized": (
+        {},
+        rename("(.*dense).weight", r"\1.parametrizations.weight.original0"),
+        ["parametrized", "remove_parametrizations()"],
+    ),
+    "a training's": (
+        {},
+        lambda weights: {"epoch": torch.zeros(1), "state_dict": torch.zeros(1)},
+        ["a training's checkpoint", "below state_dict"],
+    ),
+    "a layer of another number": (
+        {},
+        rename("bert.encoder.layer.1", "bert.encoder.layer.5"),
+        ["16 of its weights", "other numbers there, as bert.encoder.layer.5", "from 0"],
+    ),
+    "one weight of a layer": (
+        {},
+        take_away("layer.1.output.dense.weight"),
+        ["1 of its weights", "not complete"],
+    ),
+    "DistilBERT's": ({}, rename("bert", "distilbert"), ["a distilbert's", "config.json"]),
     "RoBERTa's": ({}, rename("bert", "roberta"), ["a roberta's", "config.json"]),
-    "another's": ({}, rename("bert", "x.y.z"), ["37", "save"]),
+    "another's": ({}, rename("bert", "x.y.z"), ["37", "'x.y.z'"]),
     "half": ({}, take_away("layer.0"), ["16 of its weights", "layer.0", "not complete"]),
     "other names": ({}, lambda weights: {"x": torch.zeros(3)}, ["another architecture", "with x"]),
     "wider": ({"hidden_size": 64}, None, ["36 of its weights", "[16]", "[64]", "config.json"]),
@@ -622,8 +658,31 @@ MODELS = {
         None,
         ["position_embedding_type relative_key", "absolute"],
     ),
-    "odd activation": ({"hidden_act": "frobnicate"}, None, ["frobnicate"]),
+    "odd activation": ({"hidden_act": "frobnicate"}, None, ["hidden_act", "'frobnicate'", "gelu"]),
+    "no layer": ({"num_hidden_layers": 0}, None, ["num_hidden_layers", "is 0: give at least 1"]),
+    "fewer layers than none": ({"num_hidden_layers": -1}, None, ["num_hidden_layers", "is -1"]),
+    "no head": ({"num_attention_heads": 0}, None, ["num_attention_heads", "a divisor of 16"]),
+    "uneven heads": ({"num_attention_heads": 3}, None, ["num_attention_heads", "a divisor of 16"]),
+    "nothing but dropout": ({"hidden_dropout_prob": 1.0}, None, ["hidden_dropout_prob", "less th"]),
+    "padding": ({"pad_token_id": 10**6}, None, ["pad_token_id", "is 1000000", "vocab_size"]),
+    "unknown kind": ({"model_type": "BERT"}, None, ["model_type", "'BERT'", "as bert"]),
+    "not for questions": ({"model_type": "layoutlm"}, None, [" is a layoutlm: give one of BERT's"]),
+    "said to be quantised": (
+        {"quantization_config": {"quant_method": "foo"}},
+        None,
+        ["quantised", "quantization_config", "before quantisation"],
+    ),
+    "whole numbers": (
+        {},
+        lambda weights: {name: (10 * one).to(torch.int8) for name, one in weights.items()},
+        ["bert.embeddings.LayerNorm.weight", "model.safetensors", "torch.int8", "quantisation"],
+    ),
 }
+
+
+def shorten_positions(weights):
+    name = "bert.embeddings.position_embeddings.weight"
+    return {**weights, name: weights[name][:100].clone()}
 
 
 def change_weights(folder, change):
@@ -632,9 +691,13 @@ def change_weights(folder, change):
     safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
 
 
-def change_config(folder, **changes):
-    path = folder / "config.json"
+def change_json(folder, name, **changes):
+    path = folder / name
     write(path, {**json.loads(path.read_text()), **changes})
+
+
+def change_config(folder, **changes):
+    change_json(folder, "config.json", **changes)
 
 
 def load(train, folder, *words):
@@ -653,11 +716,113 @@ def test_model_is_refused_in_one_line(name, train, copied_model):
     with pytest.raises(train.Problem) as caught:
         load(train, copied_model)
     line, code = train.explain(caught.value)
-    assert code == 2 and line.startswith(f"--model {copied_model}: ") and len(line) < 620
+    assert code == 2 and line.startswith(f"--model {copied_model}") and len(line) < 620
     for part in says:
         assert part in line, line
     # One fix.
     assert " or " not in line.replace("or none", "")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 466247\n"
+# Files of a model's folder: what is in them instead, and what is said.
+DAMAGED = {
+    "config.json": (b'{"model_type": "bert",}', "is damaged (Expecting property name"),
+    "tokenizer.json": (LFS, "is a pointer of Git LFS: run git lfs pull"),
+    "tokenizer_config.json": (b"{", "it is cut short: fetch the file again"),
+    "model.safetensors": (LFS, "is a pointer of Git LFS: run git lfs pull"),
+    "pytorch_model.bin": (LFS, "is a pointer of Git LFS: run git lfs pull"),
+    "model.safetensors.index.json": (b"{", "it is cut short: fetch the file again"),
+}
+
+
+@pytest.mark.parametrize("content", [None, b""], ids=["odd", "empty"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_file_of_a_model_that_is_damaged(name, content, train, copied_model):
+    """The line names it: a parser's sentence alone says nothing to look at."""
+    says = "is empty: fetch it again"
+    if content is None:
+        content, says = DAMAGED[name]
+    if name in ("pytorch_model.bin", "model.safetensors.index.json"):
+        (copied_model / "model.safetensors").unlink()
+    (copied_model / name).write_bytes(content)
+    with pytest.raises(train.Problem) as caught:
+        load(train, copied_model)
+    line = str(caught.value)
+    assert line.startswith(f"--model {copied_model}: {copied_model / name} is ")
+    assert says in line
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_file_of_a_model_of_somebody_else(name, train, copied_model):
+    (copied_model / name).chmod(0)
+    with pytest.raises(train.Problem, match=rf"{name}: Permission denied: make it readable"):
+        load(train, copied_model)
+
+
+def write_vocabulary(folder, words):
+    """Puts vocab.txt alone in the place of a tokenizer."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    (folder / "vocab.txt").write_bytes(words)
+
+
+BARE = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: write_vocabulary(folder, b""), "vocab.txt is empty: fetch it again"),
+        (lambda folder: write_vocabulary(folder, LFS), "vocab.txt is a pointer of Git LFS"),
+        (
+            lambda folder: (
+                change_json(folder, "tokenizer.json", post_processor=None),
+                write(folder / "tokenizer_config.json", BARE),
+            ),
+            "puts no [CLS] before a question, or no [SEP] after it: set its post_processor",
+        ),
+    ],
+    ids=["empty", "lfs", "no marks"],
+)
+def test_tokenizer_that_cannot_be_used(change, says, train, copied_model):
+    """It would fail at its first call, or let each question run into its context."""
+    change(copied_model)
+    with pytest.raises(train.Problem) as caught:
+        load(train, copied_model)
+    assert str(caught.value).startswith(f"--model {copied_model}: ") and says in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [BARE, {"tokenizer_class": "DistilBertTokenizer"}])
+def test_token_types_are_asked_for(change, train, copied_model, good_file):
+    """Some tokenizers leave them out, and a BERT would be trained without."""
+    change_json(copied_model, "tokenizer_config.json", **change, model_input_names=["input_ids"])
+    args = train.parse_arguments(["--model", str(copied_model), "--device", "cpu"])
+    tokenizer, config = train.load_tokenizer(args)
+    assert "token_type_ids" not in tokenizer.model_input_names
+    features = train.build_features(train.read_squad(good_file), tokenizer, args, good_file)
+    model = train.load_model(args, config)
+    features["lengths"] = features["begin"][1:]
+    types = train.feature_table(features, tokenizer, model, torch.device("cpu"))["token_types"]
+    # The question's [CLS] and [SEP] are of its type, the last [SEP] is of the context's.
+    assert types.tolist() == [n >= features["context_first"][0] for n in range(len(types))]
+
+
+def test_tokenizer_that_may_be_anothers(train, copied_model, monkeypatch):
+    write_vocabulary(copied_model, b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n")
+    said = []
+    monkeypatch.setattr(train, "log", said.append)
+    load(train, copied_model)
+    [line] = said
+    assert line.startswith("the tokenizer has 6 words, the model ") and "own?" in line
+
+
+def test_weights_that_are_too_large(refused, copied_model, good_file):
+    """bucketed, which is no check, would find the loss to be no number either."""
+    name = "bert.encoder.layer.1.output.dense.bias"
+    change_weights(copied_model, lambda weights: {**weights, name: torch.full((16,), 1e38)})
+    words = ("--model", copied_model, *both_files(good_file), *SHORT)
+    refused(*words, says=["--model", "logits are not finite", "weights are too large"])
 
 
 def test_folders_that_are_no_model(refused, tiny_model, copied_model, good_file, tmp_path):
@@ -667,8 +832,18 @@ def test_folders_that_are_no_model(refused, tiny_model, copied_model, good_file,
     assert "tokenizer" not in line
     (tmp_path / "going").mkdir()
     (tmp_path / "going/checkpoint.pt").touch()
-    refused("--model", tmp_path / "going", *words, says=["has not finished"])
-    refused("--model", tmp_path / "run/modle", *words, says=["there is no such folder"])
+    for name in ("going", "going/checkpoint.pt"):
+        refused("--model", tmp_path / name, *words, says=["has not finished"])
+    refused("--model", tmp_path / "run/modle", *words, says=["there is no such folder", "give"])
+    shutil.copytree(tiny_model, tmp_path / "hub/models--x--y/snapshots/abc")
+    for name in ("hub", "hub/models--x--y"):
+        says = [f"give {tmp_path}/hub/models--x--y/snapshots/abc"]
+        refused("--model", tmp_path / name, *words, says=says)
+    address = "https://huggingface.co/google-bert/bert-base-uncased"
+    refused("--model", address, *words, says=["is an address", "give the hub's name"])
+    (tmp_path / "google").mkdir()
+    (tmp_path / "google/bert_config.json").touch()
+    refused("--model", tmp_path / "google", *words, says=["no config.json", "TensorFlow"])
     refused("--model", tiny_model / "model.safetensors", *words, says=["is a file", "folder"])
     adapter = {"base_model_name_or_path": "x", "peft_type": "LORA"}
     write(copied_model / "adapter_config.json", adapter)
@@ -741,7 +916,10 @@ def test_every_weight_is_the_files(kind, train, copied_model, monkeypatch):
     for name, tensor in model.state_dict().items():
         if name in loaded or kind != "with more":
             assert torch.equal(loaded[name], tensor.float()), name
-    unused = ["16 weights of the model's file are not used: bert.encoder.layer.1"]
+    unused = [
+        "the model's file has 2 layers, its config.json asks for 1: those after them are left out",
+        "16 weights of the model's file are not used: bert.encoder.layer.1",
+    ]
     assert said == (unused if kind == "with more" else [])
 
 
@@ -763,7 +941,7 @@ def test_library_says_all_that_it_has_to_say(train):
 
 def test_model_that_is_not_there(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused("--model", tmp_path / "empty", says=["--model", "tokenizer.json"])
+    refused("--model", tmp_path / "empty", says=["--model", "no config.json"])
     (tmp_path / "odd").mkdir()
     write(tmp_path / "odd/tokenizer.json", b"{")
     write(tmp_path / "odd/config.json", b'{"model_type": "bert"')
@@ -810,6 +988,16 @@ def test_weights_of_other_names(refused, copied_model, good_file):
 
 def test_length_beyond_the_model(refused, tiny_model):
     refused("--model", tiny_model, "--max-length", 513, says=["--max-length", "512"])
+
+
+def test_length_beyond_a_short_model(train, copied_model):
+    """The line names both options, and with them it goes on."""
+    change_config(copied_model, max_position_embeddings=100)
+    change_weights(copied_model, shorten_positions)
+    with pytest.raises(train.Problem) as caught:
+        load(train, copied_model)
+    fix = re.search(r"give (--max-length 100 --stride \d+)$", str(caught.value))
+    load(train, copied_model, *fix[1].split())
 
 
 def test_offline_node_with_an_empty_cache(refused, tiny_model, good_file, tmp_path):

@@ -19,6 +19,7 @@ def usual_features(tokenizer, examples, max_length, stride):
         stride=stride,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
+        return_token_type_ids=True,
     )
     windows = []
     for i, sample in enumerate(encoding["overflow_to_sample_mapping"]):
@@ -45,9 +46,8 @@ def usual_features(tokenizer, examples, max_length, stride):
             "context": (context_start, context_end + 1),
             "offsets": [o if s == 1 else None for o, s in zip(offsets, sequence_ids)],
             "labels": labels,
+            "token_types": encoding["token_type_ids"][i],
         }
-        if "token_type_ids" in encoding:
-            window["token_types"] = encoding["token_type_ids"][i]
         windows.append(window)
     return windows
 
