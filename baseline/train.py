@@ -140,7 +140,7 @@ def make_parser():
     add("--learning-rate", type=fraction, help="its peak (default: by the batch; sample: 1e-3)")
     add("--warmup", type=fraction, default=0.1, help="share of the steps (default: 0.1)")
     add("--weight-decay", type=fraction, default=0.01, help="of matrices (default: 0.01)")
-    dropout = number(float, 0, 0.9)  # above it the gradients of a dozen layers overflow
+    dropout = number(float, 0, 0.9)  # far above it gradients overflow
     add("--dropout", type=dropout, help="probability (default: the model's; sample: 0)")
     add("--seed", type=whole, default=42, help="one seed, one training (default: 42)")
 
@@ -447,8 +447,7 @@ def make_example(question):
     if impossible or not texts:
         what = "it is marked is_impossible" if texts else "it has no answer"
         raise Problem(f"{what}: this is SQuAD v2, take v1.1, or remove such questions")
-    # pandas writes whole numbers so where a column has had a missing one.
-    starts = [int(one) if type(one) is float and one.is_integer() else one for one in starts]
+    starts = [without_fraction(start) for start in starts]
     for index, (text, start) in enumerate(zip(texts, starts)):
         check_kind(text, str, f"answers[{index}].text")
         check_kind(start, int, f"answers[{index}].answer_start")
@@ -506,6 +505,12 @@ def list_answers(answers):
     texts = [answer.get("text") for answer in answers]
     starts = [answer.get("answer_start") for answer in answers]
     return texts, starts
+
+
+def without_fraction(value):
+    """Returns 88 for 88.0, which pandas makes of 88 in a column that lacks a value, and any other
+    value as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def check_answer(text, start, context, name):
@@ -1382,7 +1387,8 @@ def save_checkpoint(output, model, optimizer, state, settings):
 
 
 def load_checkpoint(output, settings, model):
-    """Returns the content of output's checkpoint, or None; raises Problem on another run's."""
+    """Returns the content of output's checkpoint, or None; raises Problem on another run's, or
+    another program's."""
     path = output / "checkpoint.pt"
     fix = "choose another --output, or remove it to start anew"
     if not path.exists():
@@ -1390,7 +1396,8 @@ def load_checkpoint(output, settings, model):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(content["settings"])
-        content["state"]["step"] + 0
+        if content["state"]["step"] < 0:
+            raise ValueError("a negative step")
         shapes = {name: weight.shape for name, weight in content["model"].items()}
         moments = set(content["optimizer"]["state"])
     except OSError:  # the file itself may be whole
@@ -1407,7 +1414,8 @@ def load_checkpoint(output, settings, model):
         what = ", ".join(different)
         raise Problem(f"{path} has other settings: {what}: choose another --output")
     own_shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    if shapes != own_shapes or moments != {name for name, _ in model.named_parameters()}:
+    # Not each optimiser keeps moments of each weight.
+    if shapes != own_shapes or not moments <= set(shapes):
         raise Problem(f"{path} has other weights or moments than the model: {fix}")
     return content
 
