@@ -130,6 +130,9 @@ def make_parser():
     count = number(int, 1)
     whole = number(int, 0)
     fraction = number(float, 0, 0.999)
+    # Far beyond what makes sense, and all steps are still planned in the memory of any machine.
+    batch = number(int, 1, 100_000)
+    epochs = number(int, 0, 10_000)
     on_or_off = argparse.BooleanOptionalAction
     batchings = ["padded", "dynamic", "bucketed", "packed"]
     summary = __doc__.split("\n")[0]
@@ -145,15 +148,16 @@ def make_parser():
     add("--stride", type=whole, default=128, help="tokens that windows share (default: 128)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole, help="0 only evaluates (default: 3; sample: 20)")
+    add("--epochs", type=epochs, help="0 only evaluates (default: 3; sample: 20)")
     add("--max-steps", type=count, help="optimiser steps at most (default: all)")
     add("--evaluate-every", choices=["epoch", "end"], help="(default: epoch; of a part: end)")
-    add("--batch-size", type=count, help="features per step (default: 32; sample: 16)")
+    add("--batch-size", type=batch, help="features per step (default: 32; sample: 16)")
     add("--accumulate", type=count, default=1, help="micro-batches per step (default: 1)")
     add("--learning-rate", type=fraction, help="its peak (default: by the batch; sample: 1e-3)")
     add("--warmup", type=fraction, default=0.1, help="share of the steps (default: 0.1)")
     add("--weight-decay", type=fraction, default=0.01, help="of matrices (default: 0.01)")
-    add("--dropout", type=fraction, help="probability (default: the model's; sample: 0)")
+    dropout = number(float, 0, 0.9)  # far above it gradients overflow
+    add("--dropout", type=dropout, help="probability (default: the model's; sample: 0)")
     add("--seed", type=whole, default=42, help="one seed, one training (default: 42)")
 
     add = parser.add_argument_group("speed").add_argument
@@ -185,6 +189,10 @@ USUAL_DEFAULTS = {"epochs": 3, "batch_size": 32}
 def parse_arguments(argv=None):
     """Returns the arguments with every default filled in; raises Problem where they do not fit."""
     args = make_parser().parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":
+            fix = "give a name: a shell's variable may not be set"
+            raise Problem(f"--{name.replace('_', '-')} is empty: {fix}")
     if args.sample:
         use_sample(args)
     for name, value in (SAMPLE_DEFAULTS if args.sample else USUAL_DEFAULTS).items():
@@ -228,7 +236,7 @@ def parse_arguments(argv=None):
             raise Problem("--output: give one: all ranks need the same folder")
         run_name = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
         args.output = f"runs/{HERE.name}-{run_name}"
-    if args.output is not None and not (args.output and args.output.isprintable()):
+    if args.output is not None and not args.output.isprintable():
         raise Problem("--output: give a name of characters that can be printed")
     return args
 
@@ -485,9 +493,18 @@ KINDS = {
 }
 # How files begin that come in the place of JSON, what they are, and the fix.
 NOT_JSON = {
+    b"<<<<<<< ": "a file with git's marks of a conflict: resolve it",
     b"<": "a web page: fetch the raw file",
     b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
     b"PK": "a zip archive: unzip it",
+    b"\x1f\x8b": "a gzip within a gzip: run gunzip on it once",
+    b"BZh": "compressed by bzip2: run bunzip2 on it",
+    b"\xfd7zXZ": "compressed by xz: run unxz on it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: run unzstd on it",
+    b"PAR1": "Parquet: convert it with datasets' Dataset.from_parquet(FILE).to_json(NEW)",
+    b"ARROW1": "Arrow: convert it with pandas' read_feather(FILE).to_json(NEW, orient='records')",
+    b"\xff\xff\xff\xff": "Arrow: convert it with datasets' Dataset.from_file(FILE).to_json(NEW)",
+    b"\x80": "a pickle: save its records as JSON lines",
 }
 
 
@@ -527,6 +544,8 @@ def read_documents(path):
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise Problem(f"{path}: a damaged gzip ({error}): fetch the file again")
+    if content[257:262] == b"ustar":
+        raise Problem(f"{path}: not JSON, but a tar archive: unpack it, and give the file in it")
     for beginning, what in NOT_JSON.items():
         if content[:100].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
             raise Problem(f"{path}: not JSON, but {what}")
@@ -566,6 +585,8 @@ def fix_json(error):
         cut_short = error.end == len(error.object)
     elif isinstance(error, json.JSONDecodeError):
         fix = "fix it there" if error.pos else "give JSON"
+        if error.msg == "Extra data":  # several records, but not as JSON lines
+            fix = "write each record on one line, with nothing between them"
         cut_short = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
     return "it is cut short: fetch the file again" if cut_short else fix
 
@@ -602,7 +623,10 @@ def make_example(question):
     check_kind(question, dict, "it")
     if "question" not in question:
         what = "it has no question, and no list called data, paragraphs or qas"
-        raise Problem(f"{what}: give one, or remove it")
+        raise Problem(f"{what}: {fix_shape(question)}")
+    if all(isinstance(question.get(name), (list, dict)) for name in ("question", "context")):
+        fix = "save records, as pandas' to_json(FILE, orient='records') does"
+        raise Problem(f"its fields are columns: {fix}")
     name = question.get("id")
     if type(name) is int:
         name = str(name)
@@ -619,7 +643,9 @@ def make_example(question):
     if isinstance(impossible, str):
         impossible = impossible.lower() not in ("false", "0", "no", "")
     if impossible or not texts:
-        raise Problem("it has no answer: this is SQuAD v2, take v1.1, or remove such questions")
+        what = "it is marked is_impossible" if texts else "it has no answer"
+        raise Problem(f"{what}: this is SQuAD v2, take v1.1, or remove such questions")
+    starts = [without_fraction(start) for start in starts]
     for index, (text, start) in enumerate(zip(texts, starts)):
         check_kind(text, str, f"answers[{index}].text")
         check_kind(start, int, f"answers[{index}].answer_start")
@@ -630,6 +656,16 @@ def make_example(question):
         "context": context,
         "answers": {"text": texts, "answer_start": starts},
     }
+
+
+def fix_shape(item):
+    """Returns what to do about an object that is no question and has none where they are sought."""
+    nested = [name[:30] for name, value in item.items() if isinstance(value, (list, dict))]
+    if item.get("context") is not None or not nested:
+        return "give one, remove it, or take another file"
+    # Several splits in one file, or what the hub's viewer answers.
+    names = ", ".join(repr(name) for name in nested[:3])
+    return f"save each list of questions below {names} as a file of its own"
 
 
 def check_kind(value, kind, name):
@@ -644,9 +680,12 @@ def check_kind(value, kind, name):
 
 
 def list_answers(answers):
-    """Returns the texts and the starts of SQuAD's list of answers, or of an object of two lists."""
+    """Returns the texts and the starts of SQuAD's list of answers, or of an object of two lists or
+    of one answer."""
     if not answers:
         return [], []
+    if isinstance(answers, dict) and isinstance(answers.get("text"), str):
+        answers = [answers]  # the only one
     if isinstance(answers, dict):
         texts = answers.get("text")
         starts = answers.get("answer_start")
@@ -664,6 +703,12 @@ def list_answers(answers):
     texts = [answer.get("text") for answer in answers]
     starts = [answer.get("answer_start") for answer in answers]
     return texts, starts
+
+
+def without_fraction(value):
+    """Returns 88 for 88.0, which pandas makes of 88 in a column that lacks a value, and any other
+    value as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def check_answer(text, start, context, name):
@@ -1661,10 +1706,36 @@ SETTINGS += ["learning_rate", "warmup", "weight_decay", "dropout", "seed", "batc
 SETTINGS += ["fused"]  # torch's optimisers take it from a checkpoint, whatever was asked for
 
 
-def settings_of(args, features):
+def settings_of(args, model, tokenizer, features):
     """Returns what has to be the same in all lives of a run, by the options' names."""
     settings = {name: getattr(args, name) for name in SETTINGS}
-    return settings | {"model": Path(args.model).name, "train_file": features["content"]}
+    tokenizer_content = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = sorted(tokenizer.get_vocab().items())
+    # Not all of the content: another version of the library may spell the same otherwise.
+    vocabulary = json.dumps([words, tokenizer_content["normalizer"]])
+    return settings | {
+        "model": Path(args.model).name,
+        # Folders of the same name may hold different models.
+        "model's parameters": model.num_parameters(),
+        "model's vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        "train_file": features["content"],
+    }
+
+
+def check_output(output, args):
+    """Raises Problem where a run would write over what is not its own: over --model, or over what
+    stands in output without the checkpoint that each run saves before it writes its results."""
+    model = Path(os.path.realpath(args.model))
+    folder = Path(os.path.realpath(output))
+    if folder == model or {folder / "model", folder / "model.tmp"} & {model, *model.parents}:
+        raise Problem(f"--model {args.model} lies where --output writes: choose another --output")
+    goes_on = (output / "checkpoint.pt").is_file()
+    for name in ("model", "model.tmp", "predictions.json", "timings.json"):
+        path = output / name
+        other_kind = path.is_symlink() or path.is_dir() == name.endswith(".json")
+        if os.path.lexists(path) and (other_kind or not goes_on):
+            fix = "move it away, or choose another --output"
+            raise Problem(f"{path} is there already, and not from a run that can go on: {fix}")
 
 
 @contextlib.contextmanager
@@ -1708,18 +1779,25 @@ def save_checkpoint(output, model, optimizer, state, settings):
     state["seconds"]["checkpoint"] += time.perf_counter() - begin
 
 
-def load_checkpoint(output, settings):
-    """Returns the content of output's checkpoint, or None; raises Problem on another run's."""
+def load_checkpoint(output, settings, model):
+    """Returns the content of output's checkpoint, or None; raises Problem on another run's, or
+    another program's."""
     path = output / "checkpoint.pt"
+    fix = "choose another --output, or remove it to start anew"
     if not path.exists():
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        saved = content["settings"]
+        saved = dict(content["settings"])
+        if content["state"]["step"] < 0:
+            raise ValueError("a negative step")
+        shapes = {name: weight.shape for name, weight in content["model"].items()}
+        moments = set(content["optimizer"]["state"])
     except OSError:  # the file itself may be whole
         raise
     except Exception as error:  # pickle, zipfile and torch each have their own
-        raise Problem(f"{path} cannot be read ({type(error).__name__}): remove it to start anew")
+        what = f"cannot be read as train.py's checkpoint ({type(error).__name__})"
+        raise Problem(f"{path} {what}: {fix}")
     different = [
         f"--{name.replace('_', '-')} (was {saved[name]}, now {settings[name]})"
         for name in settings
@@ -1728,6 +1806,10 @@ def load_checkpoint(output, settings):
     if different:
         what = ", ".join(different)
         raise Problem(f"{path} has other settings: {what}: choose another --output")
+    own_shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    # Not each optimiser keeps moments of each weight.
+    if shapes != own_shapes or not moments <= set(shapes):
+        raise Problem(f"{path} has other weights or moments than the model: {fix}")
     return content
 
 
@@ -2492,7 +2574,7 @@ def check_files(args):
         if Path(path).is_dir():
             what = "this is a folder: give a file"
         elif Path(path).exists():
-            what = "this can be read only once, as a pipe: write it to a file, and give that"
+            what = "this is a pipe or a device: write it to a file, and give that"
         raise Problem(f"--{option.replace('_', '-')} {path}: {what}")
 
 
@@ -2618,6 +2700,8 @@ def run(args):
         return 0
     configure_libraries(args)
     check_files(args)
+    if output:
+        check_output(output, args)
     with open_output(output):
         return run_in(output, args)
 
@@ -2631,8 +2715,8 @@ def run_in(output, args):
     tokenizer, model, features, validation = prepare(args)
     plan = plan_training(features["lengths"], args) if args.epochs else None
     steps = len(plan["features"]) if plan else 0
-    settings = settings_of(args, features)
-    checkpoint = load_checkpoint(output, settings) if output else None
+    settings = settings_of(args, model, tokenizer, features)
+    checkpoint = load_checkpoint(output, settings, model) if output else None
     if output:  # not for prepare.sh, which runs on a login node for jobs with a GPU
         check_cpu_hours(args, model, plan, checkpoint)
     if args.prepare:

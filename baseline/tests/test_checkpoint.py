@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from nursery import in_step, send
 from old_checkpoint import FOLDER, STOP, WORDS, losses, make_inputs
 
@@ -328,11 +329,80 @@ def test_checkpoint_that_cannot_be_read(start, tmp_path):
         line = last_line(start(*words).end(2))
         assert line.startswith(f"error: {path} cannot be read") and "remove it" in line
         assert path.read_bytes() == content
-    torch.save({"model": {}}, path)
-    assert "cannot be read" in start(*words).end(2)
     path.write_bytes(good)
     text = start(*words, patch=in_step(3, send("SIGTERM"))).end(75)
     assert "going on from step 2\n" in text
+
+
+def rename_weights(content):
+    content["model"] = {f"module.{name}": one for name, one in content["model"].items()}
+
+
+# Changes of a checkpoint into one that is not train.py's, or not this model's.
+OTHERS = {
+    "nothing": lambda content: content.clear(),
+    "no settings": lambda content: content.update(settings=None),
+    "settings alone": lambda content: [content.pop(name) for name in list(content)[1:]],
+    "no step": lambda content: content.update(state={}),
+    "no weights": lambda content: content.update(model={}),
+    "weights of numbers": lambda content: content.update(model={"x": 1}),
+    "other names": rename_weights,
+    "no optimizer": lambda content: content.pop("optimizer"),
+    "other moments": lambda content: content["optimizer"]["state"].update(x={}),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_run(nursery, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stopped") / "run"
+    words = [*SMALL, "--output", output]
+    nursery.start(TRAIN, words, f"{output}.log", in_step(2, send("SIGTERM"))).end(75)
+    return output
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_checkpoint_of_another_program(name, stopped_run, start, tmp_path):
+    content = checkpoint(stopped_run)
+    assert list(content)[0] == "settings"
+    OTHERS[name](content)
+    output = tmp_path / "run"
+    output.mkdir()
+    torch.save(content, output / "checkpoint.pt")
+    before = (output / "checkpoint.pt").read_bytes()
+    line = last_line(start(*SMALL, "--output", output).end(2))
+    assert line.startswith(f"error: {output}/checkpoint.pt ") and "remove it to start anew" in line
+    assert (output / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["wider", "cased"])
+def test_other_model_of_the_same_name_is_named(change, start, tiny_model, tmp_path):
+    """Every run's model lies in a folder called model."""
+    first = shutil.copytree(tiny_model, tmp_path / "first/model")
+    second = shutil.copytree(tiny_model, tmp_path / "second/model")
+    if change == "wider":
+        config = transformers.AutoConfig.from_pretrained(second)
+        config.intermediate_size += 8
+        model = transformers.AutoModelForQuestionAnswering.from_config(config)
+        model.save_pretrained(second)
+        says = "--model's parameters (was "
+    else:
+        tokenizer = json.loads((second / "tokenizer.json").read_text())
+        tokenizer["normalizer"]["lowercase"] = False
+        (second / "tokenizer.json").write_text(json.dumps(tokenizer))
+        settings = json.loads((second / "tokenizer_config.json").read_text())
+        settings["do_lower_case"] = False
+        (second / "tokenizer_config.json").write_text(json.dumps(settings))
+        says = "--model's vocabulary (was "
+    questions = TRAIN.parent / "sample/questions.json"
+    words = ("--train-file", questions, "--validation-file", questions)
+    words += ("--limit", 24, "--device", "cpu", "--output", tmp_path / "run")
+    start("--model", first, *words, patch=in_step(2, send("SIGTERM"))).end(75)
+    line = last_line(start("--model", second, *words).end(2))
+    assert f"has other settings: {says}" in line and line.count("(was") == 1
+    # The same one elsewhere.
+    second = shutil.copytree(first, tmp_path / "third/model")
+    patch = in_step(3, send("SIGTERM"))
+    assert "going on from step 2\n" in start("--model", second, *words, patch=patch).end(75)
 
 
 def test_other_settings_are_named(start, tmp_path):

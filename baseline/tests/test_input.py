@@ -1,11 +1,15 @@
 """Bad and hostile input: one line that names the file, the field and the fix, and exit code 2."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import pickle
 import re
 import shutil
+import tarfile
 import time
 import zipfile
 
@@ -47,6 +51,14 @@ RECORD = {
 def lines(*records):
     """The bytes of JSON lines, as the datasets library's to_json writes them."""
     return "".join(f"{json.dumps(record)}\n" for record in records).encode()
+
+
+def tar():
+    """The bytes of a tar archive."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("questions.json"))
+    return content.getvalue()
 
 
 def write(path, content):
@@ -105,6 +117,16 @@ FILES = {
     "html": (b"\xef\xbb\xbf\n<html>404</html>", "a web page: fetch the raw file"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "zip": (b"PK\x03\x04\x14\x00", "unzip it"),
+    "conflict": (b'<<<<<<< HEAD\n{"data": []}\n', "git's marks of a conflict: resolve it"),
+    "gzip in gzip": (gzip.compress(gzip.compress(b"{}")), "a gzip within a gzip: run gunzip"),
+    "bzip2": (bz2.compress(b"{}"), "by bzip2: run bunzip2"),
+    "xz": (lzma.compress(b"{}"), "by xz: run unxz"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04", "by zstd: run unzstd"),
+    "tar.gz": (gzip.compress(tar()), "a tar archive: unpack it"),
+    "Parquet": (b"PAR1\x15\x04", "from_parquet(FILE).to_json(NEW)"),
+    "Arrow's file": (b"ARROW1\0\0\xff\xff\xff\xff", "read_feather(FILE).to_json(NEW, orient='rec"),
+    "Arrow's stream": (b"\xff\xff\xff\xff\x88\x02", "Dataset.from_file(FILE).to_json(NEW)"),
+    "pickle": (pickle.dumps([RECORD]), "a pickle: save its records"),
     "csv": (
         b"id,question,context\n1,2,3\n",
         "not JSON (Expecting value: line 1 column 1 (char 0)): g",
@@ -127,6 +149,13 @@ FILES = {
     "list": ([], "no question in it"),
     "null": (None, "the top: it is missing: give an object"),
     "no data": ({"version": "1.1"}, f"the top: it {NEITHER}: give one"),
+    "a server's answer": ({"message": "API rate limit exceeded"}, "or take another file"),
+    "splits": (
+        {"train": [RECORD], "test": [RECORD]},
+        "save each list of questions below 'train', 'test' as a file of its own",
+    ),
+    "splits below data": ({"data": {"train": [RECORD]}}, "questions below 'data' as a file"),
+    "viewer's": ({"rows": [{"row": RECORD}]}, "questions below 'rows' as a file of its own"),
     "data a text": ({"data": "x"}, f"the top: it {NEITHER}"),
     "data empty": ({"data": []}, "no question in it"),
     "article a number": ({"data": [1]}, "data[0]: it is a whole number: give an object"),
@@ -151,7 +180,7 @@ FILES = {
     "no answers": (document(answers=[]), "it has no answer: this is SQuAD v2"),
     "no answers, as datasets": (document(answers={"text": [], "answer_start": []}), "SQuAD v2"),
     "impossible": (document(is_impossible=True), "SQuAD v2"),
-    "impossible, a text": (document(is_impossible="True"), "SQuAD v2"),
+    "impossible, a text": (document(is_impossible="True"), "it is marked is_impossible: this is"),
     "impossible, a number": (document(is_impossible=1), "SQuAD v2"),
     "answers null": (document(answers=None), "SQuAD v2"),
     "answers a text": (document(answers="Santiago"), "answers is a text: give a list"),
@@ -159,7 +188,10 @@ FILES = {
         document(answers={"text": ["x"]}),
         "answers.answer_start is missing",
     ),
-    "answers of one text": (document(answers={"text": "x"}), "answers.text is a text: give a list"),
+    "answers of one text": (
+        document(answers={"text": "x"}),
+        "answer_start is missing: give a whole",
+    ),
     "answers of unequal lists": (
         document(answers={"text": ["The", "cluster"], "answer_start": [0]}),
         "answers has 2 in text and 1 in answer_start: give each text its start",
@@ -178,7 +210,7 @@ FILES = {
         "answer_start is a text: give a whole number",
     ),
     "start a fraction": (
-        document(answers=[{"text": "The", "answer_start": 0.0}]),
+        document(answers=[{"text": "The", "answer_start": 0.5}]),
         "answer_start is a decimal number: give a whole number",
     ),
     "start true": (
@@ -239,8 +271,20 @@ FILES = {
         lines(RECORD, {**RECORD, "id": 2})[:-20],
         "1 of 2 questions are wrong, the first at line 2: not JSON (",
     ),
-    "two documents over lines": (b"{\n}\n{\n}", "not JSON (Extra data: line 3"),
-    "columns": ({name: [value] for name, value in RECORD.items()}, "the top: id is a list"),
+    "two documents over lines": (
+        b"{\n}\n{\n}",
+        "not JSON (Extra data: line 3 column 1 (char 4)): write each record on one line, with",
+    ),
+    "lines with commas": (b"{},\n{},\n", "column 3 (char 2)): write each record on one line"),
+    "lines that end as on an old Mac": (
+        b"{}\r{}\r",
+        "(char 3)): write each record on one line",
+    ),
+    "columns": (
+        {name: [value] for name, value in RECORD.items()},
+        "the top: its fields are columns: save records, as pandas' to_json(FILE, orient='records')",
+    ),
+    "numbered columns": ({name: {"0": value} for name, value in RECORD.items()}, "are columns"),
 }
 
 
@@ -316,6 +360,23 @@ def test_question_file_is_read(name, train, tmp_path):
     assert train.read_squad(path, 1) == EXAMPLES[:1]
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": "Santiago", "answer_start": 18},
+        {"text": "Santiago", "answer_start": 18.0},
+        {"text": ["Santiago"], "answer_start": [18.0]},
+        [{"text": "Santiago", "answer_start": 18.0}],
+    ],
+)
+def test_answers_as_pandas_may_have_them(answers, train, tmp_path):
+    path = write(tmp_path / "q.json", [RECORD | {"answers": answers}])
+    read = train.read_squad(path)
+    assert read == EXAMPLES[:1]
+    # An int, and no float that is equal to it.
+    assert type(read[0]["answers"]["answer_start"][0]) is int
+
+
 def test_one_record_is_read(train, tmp_path):
     path = write(tmp_path / "q.jsonl", lines(RECORD))
     assert train.read_squad(path) == EXAMPLES[:1]
@@ -370,8 +431,6 @@ CASES_REFUSED = {
     "nfd-context-nfc-answer.json": "Unicode form",
     "string-starts.json": f"4 of 4 {FIRST}.qas[0]:"
     " answers[0].answer_start is a text: give a whole number",
-    "float-starts.json": f"4 of 4 {FIRST}.qas[0]:"
-    " answers[0].answer_start is a decimal number: give a whole number",
     "one-empty-answer.json": "answers[1].text is empty: remove this answer",
     "answers-strings.json": f"4 of 4 {FIRST}.qas[0]:"
     " answers[0] is a text: give an object of text and answer_start",
@@ -434,11 +493,15 @@ def test_cases_of_question_files(train, minilm):
         assert features["summary"].tolist() == CASES_READ[path.name], path.name
 
 
-@pytest.mark.parametrize("path", ["missing.json", ".", "missing/folder/q.json", "pipe"])
+@pytest.mark.parametrize(
+    "path", ["missing.json", ".", "missing/folder/q.json", "pipe", "/dev/null"]
+)
 def test_question_file_that_is_not_there(path, refused, tiny_model, good_file, tmp_path):
     """A pipe can be read only once, and a run reads twice: it is refused before it is opened."""
     os.mkfifo(tmp_path / "pipe")
     fix = {"pipe": "write it to a file", ".": "this is a folder"}.get(path, "there is no such file")
+    if path == "/dev/null":
+        fix = "this is a pipe or a device"
     words = ("--model", tiny_model, *SHORT)
     refused(*words, *both_files(tmp_path / path), says=["--train-file", tmp_path / path, fix])
     words += ("--train-file", good_file, "--validation-file", tmp_path / path)
@@ -467,6 +530,12 @@ OPTIONS = [
     ("--batch-size", "0"),
     ("--accumulate", "-2"),
     ("--accumulate", "64"),
+    ("--batch-size", "2000000000"),
+    ("--epochs", "2000000000"),
+    ("--dropout", "0.999"),
+    ("--model", ""),
+    ("--train-file", ""),
+    ("--validation-file", ""),
     ("--learning-rate", "nan"),
     ("--learning-rate", "-1e-5"),
     ("--learning-rate", "inf"),
@@ -503,7 +572,8 @@ def test_option_is_refused_by_name(words, train):
         (["stray"], "stray"),
         (["--sample", "--model", "x"], "--sample brings its own"),
         (["--sample", "--train-file", "x"], "--sample brings its own"),
-        (["--sample", "--output", ""], "--output"),
+        (["--sample", "--output", ""], "--output is empty: give a name"),
+        (["--train-file", ""], "--train-file is empty: give a name"),
         (["--sample", "--learning-rate", "nan"], "--learning-rate: nan"),
         (["--sample", "--max-length", "8", "--stride", "5"], "--stride"),
         (["--sample", "--max-length", "20", "--stride", "4"], "give --max-length"),
@@ -1028,6 +1098,56 @@ def test_output_that_cannot_be(refused, tmp_path):
     refused("--sample", "--output", tmp_path / ("x" * 300), says=["xxx"])
     refused("--sample", "--output", os.fsdecode(b"not-utf-8-\xff"), says=["--output"])
     assert file.read_bytes() == b"x"
+
+
+def tree(folder):
+    """{path: its content} of all files of a folder but the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("place", ["model", "model/below", "model.tmp", "."])
+def test_model_that_lies_where_the_run_writes(place, refused, tiny_model, good_file, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(tiny_model, output / place)
+    before = tree(output)
+    words = ("--model", output / place, *both_files(good_file), *SHORT, "--output", output)
+    refused(*words, says=["--model", output / place, "choose another --output"])
+    # By another name, and though an earlier life has left a checkpoint.
+    (tmp_path / "link").symlink_to(output)
+    (output / "checkpoint.pt").touch()
+    refused(*words[:-1], tmp_path / "link", says=["--model", output / place])
+    (output / "checkpoint.pt").unlink()
+    assert tree(output) == before
+
+
+@pytest.mark.parametrize("name", ["model/precious.txt", "predictions.json", "timings.json"])
+def test_output_that_holds_files_of_others(name, refused, tmp_path):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    output = tmp_path / "run"
+    first = output / name.split("/")[0]
+    refused("--sample", *SHORT, "--output", output, says=[f"{first} is there already", "move it"])
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["model", "model.tmp", "predictions.json", "timings.json", "link"])
+def test_output_of_other_kinds(name, start, refused, tmp_path):
+    """Files for folders and folders for files, which a run would meet at its end alone."""
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "checkpoint.pt").touch()
+    path = output / name
+    if name == "link":
+        path = output / "model"
+        (tmp_path / "elsewhere").mkdir()
+        path.symlink_to(tmp_path / "elsewhere")
+    elif name.endswith(".json"):
+        path.mkdir()
+    else:
+        path.touch()
+    refused("--sample", *SHORT, "--output", output, says=[f"{path} is there already", "move it"])
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
