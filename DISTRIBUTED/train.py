@@ -645,7 +645,6 @@ def make_example(question):
     if impossible or not texts:
         what = "it is marked is_impossible" if texts else "it has no answer"
         raise Problem(f"{what}: this is SQuAD v2, take v1.1, or remove such questions")
-    starts = [without_fraction(start) for start in starts]
     for index, (text, start) in enumerate(zip(texts, starts)):
         check_kind(text, str, f"answers[{index}].text")
         check_kind(start, int, f"answers[{index}].answer_start")
@@ -703,12 +702,6 @@ def list_answers(answers):
     texts = [answer.get("text") for answer in answers]
     starts = [answer.get("answer_start") for answer in answers]
     return texts, starts
-
-
-def without_fraction(value):
-    """Returns 88 for 88.0, which pandas makes of 88 in a column that lacks a value, and any other
-    value as it is."""
-    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def check_answer(text, start, context, name):
