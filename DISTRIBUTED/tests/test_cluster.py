@@ -205,6 +205,22 @@ def test_each_strategy(slurm, name):
 
 
 @pytest.mark.slow
+def test_eight_ranks_a_node_have_one_ranks_losses(slurm):
+    words = ["--sample", "--max-steps", "24", "--log-every", "1", "--no-profile", "--output"]
+    many = slurm.submit("DISTRIBUTED/run_2x2.sbatch", *words, "runs/many", GPUS_PER_NODE="8")
+    slurm.done(many)
+    slurm.done(slurm.submit("baseline/run.sbatch", *words, "runs/one"))
+    results = slurm.result("runs/many")
+    assert (results["world_size"], results["nodes"]) == (16, 2)
+    losses = []
+    for folder in ("runs/many", "runs/one"):
+        intervals = slurm.result(folder, "timings.json")["intervals"]
+        losses.append([interval["loss"] for interval in intervals])
+    assert len(losses[0]) == 24
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
+
+
+@pytest.mark.slow
 def test_real_questions_on_two_nodes(slurm):
     minilm, data = SHARED / "minilm", SHARED / "squad"
     if not minilm.exists() or not data.exists():
