@@ -130,9 +130,8 @@ def make_parser():
     count = number(int, 1)
     whole = number(int, 0)
     fraction = number(float, 0, 0.999)
-    # Far beyond what makes sense, and all steps are still planned in the memory of any machine.
+    # Far beyond what makes sense, and still planned in the memory of any machine.
     batch = number(int, 1, 100_000)
-    epochs = number(int, 0, 10_000)
     on_or_off = argparse.BooleanOptionalAction
     batchings = ["padded", "dynamic", "bucketed", "packed"]
     summary = __doc__.split("\n")[0]
@@ -148,7 +147,7 @@ def make_parser():
     add("--stride", type=whole, default=128, help="tokens that windows share (default: 128)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=epochs, help="0 only evaluates (default: 3; sample: 20)")
+    add("--epochs", type=whole, help="0 only evaluates (default: 3; sample: 20)")
     add("--max-steps", type=count, help="optimiser steps at most (default: all)")
     add("--evaluate-every", choices=["epoch", "end"], help="(default: epoch; of a part: end)")
     add("--batch-size", type=batch, help="features per step (default: 32; sample: 16)")
@@ -206,6 +205,8 @@ def parse_arguments(argv=None):
         raise Problem("--device cuda: torch sees no GPU on this node")
     if args.precision == "tf32" and not cuda:
         raise Problem("--precision tf32: this is no NVIDIA GPU: give fp32")
+    if args.epochs > 10_000 and args.max_steps is None:  # every step is planned
+        raise Problem("--epochs: give at most 10,000, or --max-steps as well")
     if args.stride >= args.max_length - 3:
         raise Problem("--stride: give less than --max-length - 3")
     # DIST: each rank has a part of each micro-batch. The launcher names the ranks to come, so that

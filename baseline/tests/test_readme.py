@@ -32,7 +32,8 @@ CHANGES = dict(CHANGE.findall(PAGES["baseline/README.md"]))
 # Options of other programs: sbatch, srun, git, pip, TensorBoard, ssh.
 OTHERS_OPTIONS = {"--gres", "--gpus", "--mem", "--wrap", "--hint", "--kill-on-bad-exit"}
 OTHERS_OPTIONS |= {"--logdir", "--format", "--grep", "--fixed-strings", "--detach", "--force"}
-OTHERS_OPTIONS |= {"--directory", "--help", "--time", "--signal", "--array"}
+OTHERS_OPTIONS |= {"--directory", "--help", "--time", "--signal", "--array", "--export"}
+OTHERS_OPTIONS |= {"--ntasks-per-node"}
 OTHERS_OPTIONS |= {"--gpu", "--count"}  # of .ci/fake-gpu/run
 # The other half of an option that can be switched off.
 SWITCHED_OFF = {"--no-compile", "--no-profile"}
