@@ -41,10 +41,15 @@ def words_for_all(options, words):
     return [*usual, *words]
 
 
+def folder_of(options, setting):
+    seed, batch, times = setting
+    return options.work / f"{batch}-{times}-{seed}"
+
+
 def train_one(options, words, setting):
     """Trains, where that run is not there yet. Returns its results."""
     seed, batch, times = setting
-    output = options.work / f"{batch}-{times}-{seed}"
+    output = folder_of(options, setting)
     rate = times * PAPERS_K * math.sqrt(batch)
     command = [sys.executable, measuring.TRAIN, *words, "--batch-size", batch]
     command += ["--learning-rate", rate, "--seed", seed, "--output", output]
@@ -114,6 +119,8 @@ def main():
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     # All of a seed first: the table is whole from the first seed on.
     settings = list(itertools.product(seeds, options.batches, options.times))
+    # Before them those that are there already.
+    settings.sort(key=lambda setting: not (folder_of(options, setting) / "results.json").exists())
     train_setting = functools.partial(train_one, options, words)
     with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
         for (seed, batch, times), results in zip(settings, pool.map(train_setting, settings)):
