@@ -59,28 +59,26 @@ def train(case, rate, steps):
     return results, timings
 
 
-def count_steady(intervals):
-    """Returns the steps of the steady intervals, and the seconds of all of them."""
-    steps = 0
-    seconds = 0.0
+def steady_intervals(intervals):
+    """Returns of each steady interval its steps and its seconds."""
+    steady = []
     before = 0
     for interval in intervals:
         if interval["steady"]:
-            steps += interval["step"] - before
-            seconds += interval["seconds"]
+            steady.append((interval["step"] - before, interval["seconds"]))
         before = interval["step"]
-    return steps, seconds
+    return steady
+
+
+def count_steady(intervals):
+    """Returns the steps of the steady intervals, and the seconds of all of them."""
+    steps, seconds = zip(*steady_intervals(intervals))
+    return sum(steps), sum(seconds)
 
 
 def median_step(intervals):
     """Returns the median of the steady intervals' seconds a step."""
-    seconds = []
-    before = 0
-    for interval in intervals:
-        if interval["steady"]:
-            seconds.append(interval["seconds"] / (interval["step"] - before))
-        before = interval["step"]
-    return statistics.median(seconds)
+    return statistics.median(seconds / steps for steps, seconds in steady_intervals(intervals))
 
 
 def make_row(case, rate, results, timings):
