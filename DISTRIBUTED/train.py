@@ -44,6 +44,7 @@ import zlib
 from importlib import metadata
 from pathlib import Path
 
+STARTED = time.perf_counter()  # before torch is imported, which takes seconds
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # without it, a warning at each fork
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler's own messages out of the log
 
@@ -59,9 +60,7 @@ from torch.distributed.elastic.multiprocessing import errors  # DIST: what torch
 from torch.distributed.tensor import DTensor  # DIST: a tensor of which a rank has a shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel  # DIST: dp and ddp
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-STARTED = time.perf_counter()
 HERE = Path(__file__).resolve().parent
 SAMPLE = HERE.parent / "baseline/sample"
 CACHE = Path(os.environ.get("SQUAD_CACHE") or HERE / ".cache")
@@ -89,8 +88,11 @@ RANK = int(os.environ.get("RANK", 0))  # of all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # within the node: its GPU's number
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many ranks there are
 NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-# How long a rank waits for the others before it ends with an error.
-TIMEOUT = datetime.timedelta(seconds=150)
+# The launcher lets one process check the options and build the features before the ranks start.
+EXPECTED_RANKS = int(os.environ.get("EXPECTED_WORLD_SIZE", WORLD_SIZE))
+# How long a rank waits for the others before it ends with an error: for longer than rank 0 takes to
+# write a checkpoint to a slow disk. That a rank has died torchrun sees by itself, at once.
+TIMEOUT = datetime.timedelta(minutes=10)
 SHARDED = ("zero2", "fsdp", "hsdp")  # the strategies in which no rank has all of the model
 
 
@@ -149,7 +151,7 @@ def make_parser():
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole, help="0 only evaluates (default: 3; sample: 20)")
     add("--max-steps", type=count, help="optimiser steps at most (default: all)")
-    add("--evaluate-every", choices=["epoch", "end"], help="(default: epoch; of a part: end)")
+    add("--evaluate-every", choices=["epoch", "end"], help="(default: epoch; sample, --limit: end)")
     add("--batch-size", type=batch, help="features per step (default: 32; sample: 16)")
     add("--accumulate", type=count, default=1, help="micro-batches per step (default: 1)")
     add("--learning-rate", type=fraction, help="its peak (default: by the batch; sample: 1e-3)")
@@ -189,9 +191,11 @@ def parse_arguments(argv=None):
     """Returns the arguments with every default filled in; raises Problem where they do not fit."""
     args = make_parser().parse_args(argv)
     for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
         if value == "":
-            fix = "give a name: a shell's variable may not be set"
-            raise Problem(f"--{name.replace('_', '-')} is empty: {fix}")
+            raise Problem(f"{option} is empty: give a name: a shell's variable may not be set")
+        if isinstance(value, str) and not value.isprintable():
+            raise Problem(f"{option}: give a name of characters that can be printed")
     if args.sample:
         use_sample(args)
     for name, value in (SAMPLE_DEFAULTS if args.sample else USUAL_DEFAULTS).items():
@@ -204,21 +208,19 @@ def parse_arguments(argv=None):
     if args.device == "cuda" and not cuda:
         raise Problem("--device cuda: torch sees no GPU on this node")
     if args.precision == "tf32" and not cuda:
-        raise Problem("--precision tf32: this is no NVIDIA GPU: give fp32")
+        raise Problem("--precision tf32 is for NVIDIA GPUs: give fp32")
     if args.epochs > 10_000 and args.max_steps is None:  # every step is planned
         raise Problem("--epochs: give at most 10,000, or --max-steps as well")
     if args.stride >= args.max_length - 3:
         raise Problem("--stride: give less than --max-length - 3")
-    # DIST: each rank has a part of each micro-batch. The launcher names the ranks to come, so that
-    # they are checked by one process before they start.
-    ranks = int(os.environ.get("EXPECTED_WORLD_SIZE", WORLD_SIZE))
-    if args.batch_size < args.accumulate * ranks:
-        raise Problem(f"--batch-size is smaller than --accumulate x {ranks} ranks: raise it")
-    if args.strategy == "dp" and (ranks > 1 or args.batching == "packed" or args.compile):
+    if args.batch_size < args.accumulate * EXPECTED_RANKS:  # DIST: each has a part of a micro-batch
+        ranks = f"{EXPECTED_RANKS} ranks"
+        raise Problem(f"--batch-size is smaller than --accumulate x {ranks}: raise it")
+    if args.strategy == "dp" and (EXPECTED_RANKS > 1 or args.batching == "packed" or args.compile):
         raise Problem("--strategy dp: one process, with --batching bucketed and without --compile")
     if args.cuda_graph:  # DIST: it would have to hold NCCL's calls too, which no GPU has tried
         raise Problem("--cuda-graph is for one GPU: use baseline/train.py")
-    args.gradients = args.gradients or ("bf16" if cuda and ranks > 1 else "fp32")
+    args.gradients = args.gradients or ("bf16" if cuda and EXPECTED_RANKS > 1 else "fp32")
 
     args.device_type = "cuda" if cuda else "cpu"
     args.precision = args.precision or ("bf16" if cuda else "fp32")
@@ -237,8 +239,6 @@ def parse_arguments(argv=None):
             raise Problem("--output: give one: all ranks need the same folder")
         run_name = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
         args.output = f"runs/{HERE.name}-{run_name}"
-    if args.output is not None and not args.output.isprintable():
-        raise Problem("--output: give a name of characters that can be printed")
     return args
 
 
@@ -274,19 +274,17 @@ def log(text):
 
 
 def progress(items, description):
-    """Shows how far a loop is: a bar on a terminal, a line every ten seconds in SLURM's log."""
-    if RANK > 0:  # DIST: one speaks
-        return items
-    if sys.stdout.isatty():
-        return tqdm(items, description, file=sys.stdout, leave=False, delay=2)
-    line = "  {desc}: {percentage:.0f} %\n"
-    return tqdm(
-        items, description, file=sys.stdout, leave=False, delay=2, mininterval=10, bar_format=line
-    )
+    """Yields the items of a list, and says every ten seconds how far it is."""
+    said_at = time.perf_counter()
+    for done, item in enumerate(items):
+        if time.perf_counter() - said_at > 10:
+            log(f"  {description}: {done / len(items):.0%}")
+            said_at = time.perf_counter()
+        yield item
 
 
 def one_line(error):
-    """Returns what a library's error says in one line: all of it, but for those of a page."""
+    """Returns what a library's error says in one line, cut short where it fills a page."""
     text = repr(error) if isinstance(error, KeyError) else str(error)
     return textwrap.shorten(text, 500, placeholder=" ...").rstrip(".")
 
@@ -326,7 +324,7 @@ def init_distributed(args):
         backend = "nccl"
         torch.cuda.set_device(LOCAL_RANK)
         options["device_id"] = torch.device("cuda", LOCAL_RANK)
-    if "MASTER_ADDR" not in os.environ:
+    if "RANK" not in os.environ:
         options["store"] = dist.HashStore()
     dist.init_process_group(backend, **options)
 
@@ -566,14 +564,15 @@ def read_documents(path):
 def parse_lines(text):
     """Returns [(place, document)] of JSON lines."""
     lines = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 too
+    # Not splitlines(), which would cut at U+2028 too.
+    for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             document = json.loads(line)
         except (ValueError, RecursionError) as error:
             document = Problem(f"not JSON ({str(error).replace('line 1 ', '')}): {fix_json(error)}")
-        lines.append((f"line {number}", document))
+        lines.append((f"line {line_number}", document))
     return lines
 
 
@@ -755,7 +754,8 @@ def build_features(examples, tokenizer, args, source, longest=2**31):
       input_ids, token_types [tokens]; offsets [tokens, 2]: their characters in the context;
       begin [windows + 1]: where each window's tokens begin;
       example [windows]: whose window it is;
-      context_first, context_end [windows]: where within it the context's tokens begin and end;
+      context_first, context_end [windows]: the context's first token within it, and the one after
+      its last;
       start, end [windows]: the answer's first and last token within it, or 0, 0 (the classification
       token) where it does not hold the whole answer;
       summary [6]: the counts that SUMMARY names.
@@ -868,10 +868,12 @@ def summarise(examples, features, tokenizer):
         if first is None:
             off_edges += 1
             continue
-        over_limit += last - first + 1 > MAX_ANSWER_TOKENS
+        if last - first + 1 > MAX_ANSWER_TOKENS:
+            over_limit += 1
         # Some tokenizers' tokens begin with the space before a word.
         spelled = context[offsets[first, 0] : offsets[last, 1]].strip()
-        off_edges += spelled != example["answers"]["text"][0].strip()
+        if spelled != example["answers"]["text"][0].strip():
+            off_edges += 1
     windows = len(features["start"])
     without_answer = windows - np.count_nonzero(features["start"])
     in_no_window = len(examples) - len(labels)
@@ -892,6 +894,7 @@ def load_features(path, split, tokenizer, args, longest=2**31):
     tokenizer_content = tokenizer.backend_tokenizer.to_str()
     recipe = [
         FEATURES_VERSION,
+        MAX_ANSWER_TOKENS,
         split,
         content,
         tokenizer_content,
@@ -954,9 +957,10 @@ def read_features(file):
 def plan_epoch(lengths, args, epoch):
     """Returns an epoch's batches: features' numbers [steps, batch size]; -1 fills up the last one.
 
-    padded and dynamic draw at random; bucketed puts features of like length into a batch; packed
-    sorts the features into as many length groups as a batch has places and draws one of each group,
-    so that all batches have nearly the same number of tokens."""
+    lengths [features]: their tokens. padded and dynamic draw at random; bucketed puts features of
+    like length into a batch; packed sorts the features into as many length groups as a batch has
+    places and draws one of each group, so that all batches have nearly the same number of tokens.
+    """
     random = np.random.default_rng((args.seed, epoch))
     order = random.permutation(len(lengths))
     steps, left_over = divmod(len(lengths), args.batch_size)
@@ -986,9 +990,9 @@ def deal_batches(batches, lengths, parts):
     sizes = np.where(batches < 0, 0, lengths[batches])
     longest_first = np.argsort(-sizes, axis=1, kind="stable")
     batches = np.take_along_axis(batches, longest_first, axis=1)
-    rounds = batches.reshape(len(batches), -1, parts)
+    rounds = batches.reshape(len(batches), -1, parts)  # [steps, rows, parts]
     rounds[:, 1::2] = rounds[:, 1::2, ::-1]
-    return rounds.transpose(0, 2, 1)[:, :, ::-1].copy()
+    return rounds.transpose(0, 2, 1)[:, :, ::-1].copy()  # [steps, parts, rows], shortest first
 
 
 def plan_training(lengths, args):
@@ -997,6 +1001,7 @@ def plan_training(lengths, args):
       features [steps, micro-batches, rows]: which features are in it, -1: none in this row;
       width [steps, micro-batches]: the tokens to which its rows are padded; if packed, the longest
       feature's of the training, which no sequence exceeds;
+      row_tokens, a number: packed alone, the length of a packed row;
       cu_seqlens [steps, micro-batches, sequences + 1]: packed alone, see pack_rows;
       count, tokens, squares, computed [steps]: the features, their tokens, the sum of their squared
       lengths, and the tokens that are computed, padding among them;
@@ -1171,6 +1176,12 @@ transformers.AttentionInterface.register("packed_jagged", packed_jagged)
 transformers.AttentionInterface.register("packed_loop", packed_loop)
 
 
+FAMILY = "give one of BERT's family, as BERT, RoBERTa, ELECTRA, DistilBERT"
+# What --dropout sets, as BERT and as DistilBERT name it.
+DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+DROPOUT_NAMES += ("dropout", "attention_dropout", "qa_dropout")
+
+
 def load_tokenizer(args):
     """Returns the model's tokenizer and config; raises Problem on what cannot be trained here."""
     where = f"--model {args.model}"
@@ -1332,10 +1343,6 @@ def check_tokenizer(tokenizer, config, name):
         log("the tokenizer gives all tokens type 0, though the model knows several token types")
 
 
-FAMILY = "give one of BERT's family, as BERT, RoBERTa, ELECTRA, DistilBERT"
-# What --dropout sets, as BERT and as DistilBERT name it.
-DROPOUT_NAMES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-DROPOUT_NAMES += ("dropout", "attention_dropout", "qa_dropout")
 # What is taken for granted here, and what another task may have left otherwise in config.json.
 CONFIG = {
     "num_labels": 2,  # logits: the answer's first and last token
@@ -1456,7 +1463,8 @@ def why_missing(missing, unused, model):
         words = collections.Counter(name.split("."))
         for other in unused:
             others = collections.Counter(other.split("."))
-            if words - others or words == others:
+            has_more = not words - others and words != others
+            if not has_more:  # the same name with words added, by a family or a wrapper
                 continue
             added = ".".join(others - words)
             if added in transformers.CONFIG_MAPPING:
@@ -1585,7 +1593,8 @@ def make_optimizer(model, args):
         {"params": matrices, "weight_decay": args.weight_decay, "peak_lr": peak},
         {"params": vectors, "weight_decay": 0.0, "peak_lr": peak},
     ]
-    return torch.optim.AdamW(groups, lr=peak, fused=args.fused or None)
+    fused = args.fused or None  # False would also switch off foreach, torch's default on a GPU
+    return torch.optim.AdamW(groups, lr=peak, fused=fused)
 
 
 def learning_rate_factor(step, steps, warmup):
@@ -1615,7 +1624,7 @@ class Clock:
 
     def __init__(self, device):
         self.on_gpu = device.type == "cuda"
-        self.spans = []  # (phase, begin, end)
+        self.timings = []  # (phase, begin, end)
         self.last_bucket_at = None  # DIST: when the backward pass had handed over all gradients
 
     def now(self):
@@ -1630,7 +1639,7 @@ class Clock:
         with torch.profiler.record_function(phase):
             begin = self.now()
             yield
-            self.spans.append((phase, begin, self.now()))
+            self.timings.append((phase, begin, self.now()))
             self.split_exposed_communication()
 
     def mark_last_bucket(self):
@@ -1640,17 +1649,17 @@ class Clock:
     def split_exposed_communication(self):
         """DIST: makes a phase of its own of what the backward pass waited for at its end."""
         if self.last_bucket_at is not None:
-            phase, begin, end = self.spans.pop()
-            self.spans.append((phase, begin, self.last_bucket_at))
-            self.spans.append(("exposed_communication", self.last_bucket_at, end))
+            phase, begin, end = self.timings.pop()
+            self.timings.append((phase, begin, self.last_bucket_at))
+            self.timings.append(("exposed_communication", self.last_bucket_at, end))
             self.last_bucket_at = None
 
     def read(self):
         """Returns {phase: seconds} since the last call; the device must have done all of it."""
         seconds = collections.defaultdict(float)
-        for phase, begin, end in self.spans:
+        for phase, begin, end in self.timings:
             seconds[phase] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
-        self.spans.clear()
+        self.timings.clear()
         return dict(seconds)
 
 
@@ -1670,7 +1679,7 @@ def make_profiler(folder, skipped_steps, device, state):
 
     def finish(profiler):
         if profiler.step_num < (skipped_steps or 0) + PROFILER_STEPS:
-            return  # ended in these steps: the life that goes on records them
+            return  # the run was stopped within these steps: its next life records them
         begin = time.perf_counter()
         worker = f"rank{RANK}"  # DIST: not LOCAL_RANK: two nodes' files would overwrite each other
         for earlier in Path(folder).glob(f"{worker}.*.gz"):  # of a life that was ended just here
@@ -1692,6 +1701,8 @@ def make_profiler(folder, skipped_steps, device, state):
 
 
 # 9. Checkpoints, and being asked to stop
+#
+# A life is one process's part of a run, from its start or its checkpoint to its end or its stop.
 
 # The options that have to be the same each time a run is started. The others may differ: they
 # change where and how fast a step is computed, at most its rounding, but not which step it is.
@@ -1718,15 +1729,16 @@ def settings_of(args, model, tokenizer, features):
 
 def check_output(output, args):
     """Raises Problem where a run would write over what is not its own: over --model, or over what
-    stands in output without the checkpoint that each run saves before it writes its results."""
+    stands in output without a sign of a run that has not finished, its checkpoint or its lock."""
     model = Path(os.path.realpath(args.model))
     folder = Path(os.path.realpath(output))
     if folder == model or {folder / "model", folder / "model.tmp"} & {model, *model.parents}:
         raise Problem(f"--model {args.model} lies where --output writes: choose another --output")
-    goes_on = (output / "checkpoint.pt").is_file()
+    goes_on = any((output / name).is_file() for name in ("checkpoint.pt", ".lock"))
     for name in ("model", "model.tmp", "predictions.json", "timings.json"):
         path = output / name
-        other_kind = path.is_symlink() or path.is_dir() == name.endswith(".json")
+        should_be_folder = not name.endswith(".json")
+        other_kind = path.is_symlink() or path.is_dir() != should_be_folder
         if os.path.lexists(path) and (other_kind or not goes_on):
             fix = "move it away, or choose another --output"
             raise Problem(f"{path} is there already, and not from a run that can go on: {fix}")
@@ -1746,7 +1758,7 @@ def open_output(output):
             raise Problem(f"--output {output}: another run writes there: wait, or choose another")
         except OSError:
             pass  # a file system without locks
-        # A full disk is told before anything is begun.
+        # A full disk is reported before any work starts.
         probe = output / ".probe"
         write_atomically(probe, lambda file: file.write(bytes(2**16)))
         probe.unlink()
@@ -1762,8 +1774,9 @@ def stop_requested(output):
 
 def save_checkpoint(output, model, optimizer, state, settings):
     """Saves weights, optimizer state and progress. torch's state-dict functions name them by
-    parameter, so that any number of ranks can go on, with sharded weights or not. No random state
-    has to be saved, as each micro-batch has a seed of its own (dropout_seed)."""
+    parameter, whatever devices they are spread over, so that DISTRIBUTED can go on with any number
+    of them. No random state has to be saved, as each micro-batch has a seed of its own
+    (dropout_seed)."""
     options = checkpointing.StateDictOptions(full_state_dict=True, cpu_offload=True)
     begin = time.perf_counter()
     weights, moments = checkpointing.get_state_dict(model, optimizer, options=options)
@@ -1783,8 +1796,6 @@ def load_checkpoint(output, settings, model):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(content["settings"])
-        if content["state"]["step"] < 0:
-            raise ValueError("a negative step")
         shapes = {name: weight.shape for name, weight in content["model"].items()}
         moments = set(content["optimizer"]["state"])
     except OSError:  # the file itself may be whole
@@ -1792,11 +1803,12 @@ def load_checkpoint(output, settings, model):
     except Exception as error:  # pickle, zipfile and torch each have their own
         what = f"cannot be read as train.py's checkpoint ({type(error).__name__})"
         raise Problem(f"{path} {what}: {fix}")
-    different = [
-        f"--{name.replace('_', '-')} (was {saved[name]}, now {settings[name]})"
-        for name in settings
-        if name in saved and saved[name] != settings[name]  # an earlier train.py has fewer
-    ]
+    different = []
+    for name in settings:
+        if name in saved and saved[name] != settings[name]:  # an earlier train.py has fewer
+            is_option = name in SETTINGS or name in ("model", "train_file")
+            shown = f"--{name.replace('_', '-')}" if is_option else f"the {name}"
+            different.append(f"{shown} (was {saved[name]}, now {settings[name]})")
     if different:
         what = ", ".join(different)
         raise Problem(f"{path} has other settings: {what}: choose another --output")
@@ -1825,14 +1837,14 @@ def restore(checkpoint, model, optimizer, state):
 def add_life(state, life):
     """Notes which code runs now, and says so where it is not the code that ran until here."""
 
-    def name(life):
-        changes = " with changes" if life["dirty"] else ""
-        return f"{life['commit'][:10]}{changes}" if life["commit"] else "unknown"
+    def commit_of(one_life):
+        changes = " with changes" if one_life["dirty"] else ""
+        return f"{one_life['commit'][:10]}{changes}" if one_life["commit"] else "unknown"
 
     if state["step"] and not state["lives"]:  # a checkpoint from before they were noted
         state["lives"].append(dict.fromkeys(life))
     if state["lives"] and state["lives"][-1]["hash"] != life["hash"]:
-        commits = f"commit {name(state['lives'][-1])}, now {name(life)}"
+        commits = f"commit {commit_of(state['lives'][-1])}, now {commit_of(life)}"
         log(f"train.py has changed since step {state['step']:,} ({commits})")
     state["lives"].append(life)
 
@@ -1858,8 +1870,9 @@ def best_span(logits, context_first, context_end):
 
 @torch.inference_mode()
 def find_answers(args, output, model, features):
-    """Returns the best answer of each window [windows, 4]: score, first and last character in the
-    context, how many answers were possible; or None where the run was asked to stop."""
+    """Returns the best answer of each window [windows, 4]: its score, its first character in the
+    context and the one after its last, and how many answers were possible; minus infinity in all
+    four where none was. None where the run was asked to stop."""
     model.eval()
     lengths = features["lengths"]
     best = np.full((len(lengths), 4), -np.inf)
@@ -1916,7 +1929,7 @@ def answer_texts(best, features, examples):
             answers[example["id"]] = example["context"][int(start) : int(end)]
         possible[example["id"]] += max(count, 0)
     for name, answer in answers.items():
-        # The usual decoding's word where no answer was possible, or one only, of no letter.
+        # The usual decoding's word where no answer was possible, or a single empty one.
         if not answer and possible[name] <= 1:
             answers[name] = "empty"
     return answers
@@ -2024,7 +2037,7 @@ class Interval:
 
 def find_steady_steps(plan, first, measured_from, args):
     """Returns for each step whether it counts as the steady state: after the warm-up and the
-    profiled steps, and no width is compiled in it that is met for the first time."""
+    profiled steps, and not one in which a width is met, and so compiled, for the first time."""
     widths = plan["width"]  # [steps, micro-batches]
     steady = np.arange(len(widths)) >= measured_from
     if args.compile:
@@ -2089,8 +2102,10 @@ def train(
     steady = find_steady_steps(plan, first, measured_from, args)
     steady = all_reduce_max(~steady, device) == 0  # DIST: where one rank compiles, all wait
     skipped = warmup_end - first if profiled else None
-    if is_evaluation_due(args, plan, first) and not is_evaluated(state) and evaluate() is None:
-        return
+    # The life before was ended between this step's save and its evaluation.
+    if is_evaluation_due(args, plan, first) and not is_evaluated(state):
+        if evaluate() is None:
+            return
     interval = Interval(device, log_every, first)
     saved_at = time.perf_counter()
     span_model.train()
@@ -2102,8 +2117,9 @@ def train(
             keep_signals()
             profiler.step()
             done = step + 1
-            # Not at each of a GPU's steps: it is a look at the disk.
-            asks = done % log_every == 0 or device.type == "cpu"
+            # Not at each of a GPU's steps, as it is a look at the disk; but often, however long
+            # --log-every is: a warning before the time is up leaves three minutes.
+            asks = done % min(log_every, 10) == 0 or device.type == "cpu"
             stop = asks and stop_requested(output)
             save_due = asks and time.perf_counter() - saved_at > SAVE_SECONDS
             if asks:  # DIST: all ranks save and stop at the same step; this waits for the slowest
@@ -2149,13 +2165,13 @@ def end_interval(args, measured, plan, clock, state, device, writer):
     begin = time.perf_counter()
     done = measured["step"]
     steps = len(plan["features"])
-    span = slice(done - measured["steps"], done)
+    steps_of_interval = slice(done - measured["steps"], done)
     factor = learning_rate_factor(done - 1, steps, args.warmup)
     measured |= {
         "learning_rate": args.learning_rate * factor,
-        "tokens": int(plan["tokens"][span].sum()),
-        "features": int(plan["count"][span].sum()),
-        "squares": int(plan["squares"][span].sum()),
+        "tokens": int(plan["tokens"][steps_of_interval].sum()),
+        "features": int(plan["count"][steps_of_interval].sum()),
+        "squares": int(plan["squares"][steps_of_interval].sum()),
         "memory_gib": peak_memory_gib(device),
         "phases": {} if args.cuda_graph else clock.read(),  # a graph is timed as a whole
     }
@@ -2204,8 +2220,8 @@ def evaluate_model(args, output, model, validation, plan, state, writer):
 
 # 12. What a run leaves: TensorBoard, results.json, timings.json, model/
 
-# Dense peaks in TFLOP/s at bf16, tf32 and fp32, from NVIDIA's data sheets. The first name that a
-# device's contains counts.
+# Dense peaks in TFLOP/s at bf16, tf32 and fp32, from NVIDIA's data sheets. Of these names the first
+# that is found in the device's name applies.
 PEAKS = {
     "A100": {"bf16": 312, "tf32": 156, "fp32": 19.5},
     "A30": {"bf16": 165, "tf32": 82, "fp32": 10.3},
@@ -2369,12 +2385,12 @@ def count_flops(model, intervals):
     )
 
 
-def model_flops_utilization(flops_per_second, args, environment, world_size=1):
+def model_flops_utilization(flops_per_second, args, environment, gpus=1):
     """Returns the share of the GPUs' dense peak at this precision; None where it is not known."""
     device = environment["devices"][0]
     for name, peaks in PEAKS.items():
         if flops_per_second and re.search(rf"\b{name}\b", device) and args.precision in peaks:
-            return flops_per_second / world_size / peaks[args.precision] / 1e12
+            return flops_per_second / gpus / peaks[args.precision] / 1e12
     return None
 
 
@@ -2508,8 +2524,9 @@ def describe(results, timings):
         for name, one in timings["phases"].items()
         if one["share"] and name not in beside
     ]
+    commit = environment["commit"] or "unknown"
     lines = {
-        "device": f"{devices}, torch {environment['torch']}, commit {environment['commit']}",
+        "device": f"{devices}, torch {environment['torch']}, commit {commit}",
         "an epoch": f"{show('steady_epoch_seconds')} s at {show('tokens_per_second')} real tokens/s"
         f" of the steady state, {show('features_per_second')} features/s",
         "training": f"{show('train_seconds')} s for {results['steps']:,} steps, the first"
@@ -2535,7 +2552,7 @@ def save_model(output, model, tokenizer):
         tokenizer.save_pretrained(temporary)
     except SafetensorError as error:  # a full disk is no OSError to it
         raise Problem(f"cannot write {temporary} ({error}): free some space")
-    for file in temporary.iterdir():  # safetensors would keep the weights from all others
+    for file in temporary.iterdir():  # safetensors lets nobody but the owner read the weights
         file.chmod((temporary / "config.json").stat().st_mode)
     shutil.rmtree(output / "model", ignore_errors=True)  # from a life that was killed after this
     temporary.replace(output / "model")
@@ -2576,8 +2593,7 @@ def check_cpu_hours(args, model, plan, checkpoint):
     """Raises Problem where a CPU would take hours, unless --device cpu says that this is meant."""
     weights = model.num_parameters(exclude_embeddings=True)
     flops_per_second = 2e10 * torch.get_num_threads()  # what a core reaches in training, measured
-    ranks = int(os.environ.get("EXPECTED_WORLD_SIZE", WORLD_SIZE))
-    flops_per_second *= ranks  # DIST: each has its own cores
+    flops_per_second *= EXPECTED_RANKS  # DIST: each has its own cores
     done = checkpoint["state"]["step"] if checkpoint else 0
     tokens = int(plan["computed"][done:].sum()) if plan else 0
     hours = 6 * weights * tokens / flops_per_second / 3600
@@ -2626,9 +2642,14 @@ def configure_libraries(args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
     # cuDNN's attention plans anew for each shape, and knows dropout in sixteenths only.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # TensorBoard's thread hands a full disk on to its next call: a traceback says no more.
+    # TensorBoard's thread raises a full disk again in its next call: its traceback says no more.
     hook = threading.excepthook
-    threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or hook(end)
+
+    def all_but_full_disks(end):
+        if not issubclass(end.exc_type, OSError):
+            hook(end)
+
+    threading.excepthook = all_but_full_disks
 
 
 def prepare(args):
@@ -2777,7 +2798,7 @@ def log_plan(args, plan):
 def stopped(output, state):
     """Says how to go on, and returns the exit code of a run that was asked to stop."""
     (output / "stop").unlink(missing_ok=True)  # or the next start would stop too
-    reason = STOP_SIGNALS[0] if STOP_SIGNALS else "another process"
+    reason = STOP_SIGNALS[0] if STOP_SIGNALS else "another rank"  # DIST: this one was not asked
     step = state["step"]
     log(f"stopped by {reason} at step {step:,}: the same command with --output {output} goes on")
     return STOPPED

@@ -16,7 +16,6 @@ REACHED_INTO = {
     "make_parser",
     "parse_arguments",
     "log",
-    "progress",
     "plan_training",
     "compile_layers",
     "Clock",
@@ -39,6 +38,7 @@ REACHED_INTO = {
     "run_in",
     "check_cpu_hours",
     "log_plan",
+    "stopped",
     "main",
 }
 # What baseline alone has: a CUDA graph of a step is of one GPU.

@@ -305,6 +305,16 @@ def test_killed_at_the_very_end(name, start, whole, tmp_path):
         assert_same(output, whole)
 
 
+def test_an_evaluation_killed_at_the_very_end_starts_again(start, tmp_path):
+    """It has no checkpoint, and model/ is there already."""
+    patch = "def write_json(path, content):\n    " + send("SIGKILL")
+    words = ("--sample", "--limit", 8, "--epochs", 0, "--output", tmp_path / "run")
+    start(*words, patch=patch).end(-signal.SIGKILL)
+    assert (tmp_path / "run/model").is_dir()
+    start(*words).end()
+    assert (tmp_path / "run/results.json").exists()
+
+
 def test_saves_by_the_clock(start, whole, tmp_path):
     output = tmp_path / "run"
     patch = "SAVE_SECONDS = 0\n" + in_step(9, send("SIGKILL"))
@@ -384,7 +394,7 @@ def test_other_model_of_the_same_name_is_named(change, start, tiny_model, tmp_pa
         config.intermediate_size += 8
         model = transformers.AutoModelForQuestionAnswering.from_config(config)
         model.save_pretrained(second)
-        says = "--model's parameters (was "
+        says = "the model's parameters (was "
     else:
         tokenizer = json.loads((second / "tokenizer.json").read_text())
         tokenizer["normalizer"]["lowercase"] = False
@@ -392,7 +402,7 @@ def test_other_model_of_the_same_name_is_named(change, start, tiny_model, tmp_pa
         settings = json.loads((second / "tokenizer_config.json").read_text())
         settings["do_lower_case"] = False
         (second / "tokenizer_config.json").write_text(json.dumps(settings))
-        says = "--model's vocabulary (was "
+        says = "the model's vocabulary (was "
     questions = TRAIN.parent / "sample/questions.json"
     words = ("--train-file", questions, "--validation-file", questions)
     words += ("--limit", 24, "--device", "cpu", "--output", tmp_path / "run")

@@ -229,6 +229,14 @@ def test_a_run_that_was_stopped_goes_on(start, tmp_path, compiling):
     assert [interval["step"] for interval in intervals] == list(range(1, 13))
 
 
+def test_a_request_to_stop_is_heard_however_rarely_the_log_is_written(start, tmp_path):
+    """A line every hundred steps, at five steps a second, is one every twenty seconds."""
+    output = tmp_path / "run"
+    words = ["--sample", "--epochs", 100, "--max-steps", 400, "--log-every", 100, "--no-compile"]
+    text = start(*words, "--output", output, patch=in_step(12, send("SIGUSR1")), **ZEROS).end(75)
+    assert "stopped by SIGUSR1 at step 20" in text
+
+
 def test_out_of_memory_is_one_line_with_its_fix(start, tmp_path):
     words = ["--sample", "--batch-size", 140, "--batching", "padded", "--no-compile"]
     text = start(*words, "--output", tmp_path / "run", FAKECUDA_GIB="0.3").end(1)

@@ -565,6 +565,8 @@ def test_option_is_refused_by_name(words, train):
         (["--sample", "--train-file", "x"], "--sample brings its own"),
         (["--sample", "--output", ""], "--output is empty: give a name"),
         (["--train-file", ""], "--train-file is empty: give a name"),
+        (["--model", "a\nb"], "--model: give a name of characters that can be printed"),
+        (["--sample", "--output", "a\x1bb"], "--output: give a name of characters that can be"),
         (["--sample", "--learning-rate", "nan"], "--learning-rate: nan"),
         (["--sample", "--max-length", "8", "--stride", "5"], "--stride"),
         (["--sample", "--max-length", "20", "--stride", "4"], "give --max-length"),
