@@ -1813,6 +1813,17 @@ class Interval:
         return measured
 
 
+def plan_life(args, plan, first, state):
+    """Returns of a life that begins with the step first (from 0): the step with which its warm-up
+    has ended, whether steps are profiled then, and for each step whether it counts as steady."""
+    steps = len(plan["features"])
+    # Every life of a run warms up: it allocates, and compiles. Then one of them is profiled.
+    warmup_end = first + min(5, (steps - first) // 4)
+    is_profiled = args.profile and not state["operators"] and steps - first >= 8
+    measured_from = warmup_end + PROFILER_STEPS if is_profiled else warmup_end
+    return warmup_end, is_profiled, find_steady_steps(plan, first, measured_from, args)
+
+
 def find_steady_steps(plan, first, measured_from, args):
     """Returns for each step whether it counts as the steady state: after the warm-up and the
     profiled steps, and not one in which a width is met, and so compiled, for the first time."""
@@ -1919,15 +1930,10 @@ def train(
     first = state["step"]
     steps = len(plan["features"])
     log_every = min(args.log_every, max(steps // 4, 1))
-    # Every life of a run warms up: it allocates, and compiles. Then one of them is profiled.
-    warmup_end = first + min(5, (steps - first) // 4)
-    profiled = args.profile and not state["operators"] and steps - first >= 8
-    measured_from = warmup_end + PROFILER_STEPS if profiled else warmup_end
-    steady = find_steady_steps(plan, first, measured_from, args)
+    warmup_end, is_profiled, steady = plan_life(args, plan, first, state)
     graph = None
-    recorded_at = first + StepGraph.AFTER
-    use_graph = args.cuda_graph and recorded_at < warmup_end
-    skipped = warmup_end - first if profiled else None
+    recorded_at = first + StepGraph.AFTER if args.cuda_graph else None
+    skipped = warmup_end - first if is_profiled else None
     # The life before was ended between this step's save and its evaluation.
     if is_evaluation_due(args, plan, first) and not is_evaluated(state):
         if evaluate() is None:
@@ -1938,7 +1944,7 @@ def train(
     with make_profiler(f"{output}/tensorboard", skipped, device, state) as profiler:
         for step in range(first, steps):
             set_learning_rate(optimizer, learning_rate_factor(step, steps, args.warmup))
-            if use_graph and step == recorded_at:
+            if step == recorded_at and step < warmup_end:
                 graph = StepGraph(args, span_model, optimizer, features, plan, device)
             if graph:
                 graph.replay(step, interval)

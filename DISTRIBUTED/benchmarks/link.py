@@ -102,7 +102,7 @@ def make_row(case, rate, results, timings):
         round(1000 * median_step(timings["intervals"])),
         share,
         round(results["tokens_per_second"]),
-        round(results["all_reduce"]["gigabytes_per_second"], 3),
+        round(results["all_reduce"]["gigabytes_per_second"], 4),
     ]
 
 
