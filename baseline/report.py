@@ -771,7 +771,6 @@ def scaling_table(runs):
             "efficiency": percent(gain / count if gain else None),
             "exposed communication": "-",
             "all-reduce GB/s": "-",
-            "link": "-",
             "F1": shown_spread(group, "F1"),
         }
         if count > 1:
@@ -779,7 +778,6 @@ def scaling_table(runs):
             speeds = [link.get("gigabytes_per_second") for link in links]
             row["exposed communication"] = spread(map(exposed_share, group), percent)
             row["all-reduce GB/s"] = spread(speeds)
-            row["link"] = together(link.get("link") for link in links)
         rows.append(row)
     caption = """Mean ± standard deviation of the repeats. Strong: 1x1's global batch, the same
     training. Growing: 1x1's batch on each rank: the batch differs from row to row, and F1 with
@@ -794,7 +792,6 @@ def bytes_per_parameter(run):
     """Of a rank's states in fp32: weights 4, gradients 4, Adam's two moments 8; a shard is 1/n."""
     n = ranks(run)
     formulas = {
-        "zero1": 8 + 8 / n,  # the moments sharded
         "zero2": 4 + 16 / n,  # all sharded, and the weights kept gathered besides
         "fsdp": 16 / n,
         "hsdp": 16 / (n / nodes(run)),  # sharded within a node
