@@ -315,6 +315,7 @@ LONGER = "what a step takes longer than on 1x1"
 # run_start to run_stop; v2.0's NVIDIA/results/dgxa100_n8 and n128, of 2 files each, one node v2.1's.
 R750XA = (4, 112, 230.01, INSIDE)
 XE8545 = (4, 64, 289.3, NVLINK)
+XE8545_80GB = (4, 112, 313.2, NVLINK)
 DGX_A100 = (8, 56, 302, NVLINK)
 MLPERF = [
     ("R750xa, EDR", R750XA, 12.5, {2: (56, 164.82), 4: (48, 156.64), 8: (48, 154.85)}),
@@ -326,6 +327,7 @@ MLPERF = [
         50,
         {2: (56, 214.8), 4: (28, 154.4), 8: (48, 210.1), 16: (48, 207.5), 32: (24, 147.2)},
     ),
+    ("XE8545 of 80 GB, 2 x HDR", XE8545_80GB, 50, {2: (56, 218.8)}),
     ("DGX A100, 8 x HDR", DGX_A100, 200, {8: (48, 284.5), 128: (4, 108.7)}),
 ]
 
@@ -363,9 +365,15 @@ def mlperf_checks(communicating):
 
 
 # One device against eight in a node, each with the features given and its link's data sheet.
-# NVIDIA DeepLearningExamples at a9e2c1d, PyTorch BERT on a DGX A100, features/s; NVLink 3.
-NVIDIA_FEATURES = 32
-NVIDIA_SPEEDS = (110.5, 846.7)
+# NVIDIA DeepLearningExamples, PyTorch BERT on a DGX A100 with NVLink 3: features a step, features/s
+# of one and of eight, bytes per gradient. The first two of README.md at a9e2c1d, the others of that
+# of container 20.06. Its boxes of V100, with another NVLink, are left out.
+NVIDIA_SPEEDS = {
+    "fp16, 32 per GPU of 80 GB": (32, 110.5, 846.7, 2),
+    "TF32, 32 per GPU of 80 GB": (32, 61.5, 469.8, 4),
+    "fp16, 32 per GPU of 40 GB": (32, 116, 861, 2),
+    "TF32, 16 per GPU of 40 GB": (16, 44, 324, 4),
+}
 # huggingface/optimum-habana, tests/baselines/bert_base_uncased.json at 897242c and at 04a7ee7:
 # features/s, and seconds of train_runtime. Gaudi has seven ports of 100 Gbit/s to the seven others.
 GAUDI_FEATURES = 24
@@ -379,12 +387,13 @@ def eight_devices_checks(communicating):
     if communicating:
         nvlink = NVLINK
         gaudi = steady_link(NVLINK.latency, GAUDI_BANDWIDTH)
-    one, eight = NVIDIA_SPEEDS
-    computing = NVIDIA_FEATURES / one
-    waiting = ddp_exposed(BERT_LARGE, computing, 1, 8, nvlink, None, bytes_per_number=2)
-    values = (1000 * 8 * NVIDIA_FEATURES / eight, 1000 * (computing + waiting))
-    what = "BERT-Large, fp16, 32 per GPU"
-    checks = [Check("NVIDIA DeepLearningExamples", what, "1x8", "ms a step", *values)]
+    checks = []
+    for what, (features, one, eight, bytes_per_number) in NVIDIA_SPEEDS.items():
+        computing = features / one
+        waiting = ddp_exposed(BERT_LARGE, computing, 1, 8, nvlink, None, bytes_per_number)
+        values = (1000 * 8 * features / eight, 1000 * (computing + waiting))
+        what = f"BERT-Large, {what}"
+        checks.append(Check("NVIDIA DeepLearningExamples", what, "1x8", "ms a step", *values))
 
     waits = {}
     for commit, (one, eight) in GAUDI_SPEEDS.items():
