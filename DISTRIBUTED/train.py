@@ -91,7 +91,8 @@ NODES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
 # The launcher lets one process check the options and build the features before the ranks start.
 EXPECTED_RANKS = int(os.environ.get("EXPECTED_WORLD_SIZE", WORLD_SIZE))
 # How long a rank waits for the others before it ends with an error: for longer than rank 0 takes to
-# write a checkpoint to a slow disk. That a rank has died torchrun sees by itself, at once.
+# write a checkpoint to a slow disk. That a rank has died torchrun sees on its node, and srun on the
+# others, at once; a link that has gone silent takes all of this time.
 TIMEOUT = datetime.timedelta(minutes=10)
 SHARDED = ("zero2", "fsdp", "hsdp")  # the strategies in which no rank has all of the model
 
@@ -172,7 +173,7 @@ def make_parser():
     # DIST: how the work is split among the ranks, and what they send of the gradients.
     add = parser.add_argument_group("distribution").add_argument
     add("--strategy", choices=["ddp", *SHARDED, "dp"], default="ddp", help="(default: ddp)")
-    add("--gradients", choices=["fp32", "bf16"], help="(default: bf16 on NCCL, else fp32)")
+    add("--gradients", choices=["fp32", "bf16"], help="(default: bf16 between GPUs, else fp32)")
 
     add = parser.add_argument_group("what a run leaves").add_argument
     add("--output", help=f"folder (default: runs/{HERE.name}-JOBID or -DATE-TIME)")
@@ -194,8 +195,8 @@ def parse_arguments(argv=None):
         option = f"--{name.replace('_', '-')}"
         if value == "":
             raise Problem(f"{option} is empty: give a name: a shell's variable may not be set")
-        if isinstance(value, str) and not value.isprintable():
-            raise Problem(f"{option}: give a name of characters that can be printed")
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value):
+            raise Problem(f"{option} {value!a}: give a name of characters that can be printed")
     if args.sample:
         use_sample(args)
     for name, value in (SAMPLE_DEFAULTS if args.sample else USUAL_DEFAULTS).items():
@@ -1729,12 +1730,14 @@ def settings_of(args, model, tokenizer, features):
 
 def check_output(output, args):
     """Raises Problem where a run would write over what is not its own: over --model, or over what
-    stands in output without a sign of a run that has not finished, its checkpoint or its lock."""
+    stands in output without a run's checkpoint, or the mark that a run left as it began to write."""
     model = Path(os.path.realpath(args.model))
     folder = Path(os.path.realpath(output))
     if folder == model or {folder / "model", folder / "model.tmp"} & {model, *model.parents}:
         raise Problem(f"--model {args.model} lies where --output writes: choose another --output")
-    goes_on = any((output / name).is_file() for name in ("checkpoint.pt", ".lock"))
+    lock = output / ".lock"
+    begun = lock.is_file() and lock.stat().st_size > 0  # see finish
+    goes_on = begun or (output / "checkpoint.pt").is_file()
     for name in ("model", "model.tmp", "predictions.json", "timings.json"):
         path = output / name
         should_be_folder = not name.endswith(".json")
@@ -1796,6 +1799,7 @@ def load_checkpoint(output, settings, model):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(content["settings"])
+        int(content["state"]["step"])
         shapes = {name: weight.shape for name, weight in content["model"].items()}
         moments = set(content["optimizer"]["state"])
     except OSError:  # the file itself may be whole
@@ -2700,6 +2704,7 @@ def finish(args, output, model, tokenizer, features, validation, plan, state, pr
     environment["hosts"] = list(dict.fromkeys(rank["host"] for rank in ranks))
     timings = make_timings(plan, state, results["train_seconds"])
     timings["ranks"] = balance_of_ranks(ranks)  # DIST: who was busy for the longest
+    (output / ".lock").write_text("results")  # what stands here from now on is this run's
     save_model(output, model, tokenizer)
     write_json(output / "predictions.json", predictions)
     write_json(output / "timings.json", timings)

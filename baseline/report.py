@@ -569,19 +569,19 @@ def window_speeds(run):
     return speeds
 
 
-def mean_speed(runs):
-    """Tokens/s over all steady steps, the mean of the runs."""
+def median_speed(runs):
+    """Tokens/s over all steady steps, the median of the runs."""
     speeds = [run.results.get("tokens_per_second") for run in runs]
     speeds = [speed for speed in speeds if speed]
-    return statistics.mean(speeds) if speeds else None
+    return statistics.median(speeds) if speeds else None
 
 
 def speed_up(run, other):
     obstacles = differences(run, other, MUST_AGREE)
     if obstacles:
         return "not compared: " + ", ".join(obstacles)
-    ours = mean_speed([run])
-    theirs = mean_speed([other])
+    ours = median_speed([run])
+    theirs = median_speed([other])
     return f"{ours / theirs:.2f}" if ours and theirs else MISSING
 
 
@@ -746,7 +746,7 @@ def speed_of_1x1(groups, rule, run):
         if grid != "1x1" or batch_size(group[0]) != batch:
             continue
         if not differences(run, group[0], must_agree):
-            return mean_speed(group)
+            return median_speed(group)
     return None
 
 
@@ -756,7 +756,7 @@ def scaling_table(runs):
     rows = []
     for (rule, grid), group in groups.items():
         count = ranks(group[0])
-        ours = mean_speed(group)
+        ours = median_speed(group)
         base = speed_of_1x1(groups, rule, group[0])
         gain = ours / base if ours and base else None
         row = {
@@ -779,9 +779,9 @@ def scaling_table(runs):
             row["exposed communication"] = spread(map(exposed_share, group), percent)
             row["all-reduce GB/s"] = spread(speeds)
         rows.append(row)
-    caption = """Mean ± standard deviation of the repeats. Strong: 1x1's global batch, the same
-    training. Growing: 1x1's batch on each rank: the batch differs from row to row, and F1 with
-    it."""
+    caption = """Mean ± standard deviation of the repeats; per rank, speed-up and efficiency by their
+    medians. Strong: 1x1's global batch, the same training. Growing: 1x1's batch on each rank: the
+    batch differs from row to row, and F1 with it."""
     return table(conditions(runs, caption), rows)
 
 
@@ -1379,7 +1379,7 @@ def energy_table(runs):
 
 def speed_chart(runs):
     title = "Real tokens a second, all steady steps"
-    speeds = {run.name: mean_speed([run]) for run in runs if mean_speed([run])}
+    speeds = {run.name: median_speed([run]) for run in runs if median_speed([run])}
     if not speeds:
         return f"{title}: {MISSING}."
     return xychart(title, list(speeds), "tokens/s", ("bar", list(speeds.values())))
@@ -1396,7 +1396,7 @@ def scaling_chart(runs):
         speeds = {}
         ideals = {}
         for (rule, grid), group in groups.items():
-            ours = mean_speed(group)
+            ours = median_speed(group)
             base = speed_of_1x1(groups, rule, group[0])
             if rule == chart_rule and ours and base:
                 speeds[grid] = ours

@@ -170,8 +170,8 @@ def parse_arguments(argv=None):
         option = f"--{name.replace('_', '-')}"
         if value == "":
             raise Problem(f"{option} is empty: give a name: a shell's variable may not be set")
-        if isinstance(value, str) and not value.isprintable():
-            raise Problem(f"{option}: give a name of characters that can be printed")
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value):
+            raise Problem(f"{option} {value!a}: give a name of characters that can be printed")
     if args.sample:
         use_sample(args)
     for name, value in (SAMPLE_DEFAULTS if args.sample else USUAL_DEFAULTS).items():
@@ -1514,12 +1514,14 @@ def settings_of(args, model, tokenizer, features):
 
 def check_output(output, args):
     """Raises Problem where a run would write over what is not its own: over --model, or over what
-    stands in output without a sign of a run that has not finished, its checkpoint or its lock."""
+    stands in output without a run's checkpoint, or the mark that a run left as it began to write."""
     model = Path(os.path.realpath(args.model))
     folder = Path(os.path.realpath(output))
     if folder == model or {folder / "model", folder / "model.tmp"} & {model, *model.parents}:
         raise Problem(f"--model {args.model} lies where --output writes: choose another --output")
-    goes_on = any((output / name).is_file() for name in ("checkpoint.pt", ".lock"))
+    lock = output / ".lock"
+    begun = lock.is_file() and lock.stat().st_size > 0  # see finish
+    goes_on = begun or (output / "checkpoint.pt").is_file()
     for name in ("model", "model.tmp", "predictions.json", "timings.json"):
         path = output / name
         should_be_folder = not name.endswith(".json")
@@ -1580,6 +1582,7 @@ def load_checkpoint(output, settings, model):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(content["settings"])
+        int(content["state"]["step"])
         shapes = {name: weight.shape for name, weight in content["model"].items()}
         moments = set(content["optimizer"]["state"])
     except OSError:  # the file itself may be whole
@@ -2477,6 +2480,7 @@ def finish(args, output, model, tokenizer, features, validation, plan, state, pr
     environment = describe_environment(model.device, state["lives"][-1])
     results = make_results(args, model, features, validation, plan, state, environment)
     timings = make_timings(plan, state, results["train_seconds"])
+    (output / ".lock").write_text("results")  # what stands here from now on is this run's
     save_model(output, model, tokenizer)
     write_json(output / "predictions.json", predictions)
     write_json(output / "timings.json", timings)

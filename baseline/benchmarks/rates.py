@@ -69,7 +69,8 @@ def make_row(batch, times, results):
     rate = results[0]["arguments"]["learning_rate"]
     k = 1e6 * rate / math.sqrt(batch)
     mean = round(statistics.fmean(scores), 2)
-    return [batch, f"{rate:.1e}", round(k, 1), times, len(scores), mean, deviation]
+    each = ", ".join(f"{score:.1f}" for score in scores)
+    return [batch, f"{rate:.1e}", round(k, 1), times, len(scores), mean, deviation, each]
 
 
 def make_table(options, runs, train):
@@ -92,6 +93,7 @@ def make_table(options, runs, train):
             "seeds",
             "F1",
             "its standard deviation",
+            "of each seed",
         ],
         "rows": rows,
         "environment": measuring.describe_machine(train),

@@ -565,8 +565,8 @@ def test_option_is_refused_by_name(words, train):
         (["--sample", "--train-file", "x"], "--sample brings its own"),
         (["--sample", "--output", ""], "--output is empty: give a name"),
         (["--train-file", ""], "--train-file is empty: give a name"),
-        (["--model", "a\nb"], "--model: give a name of characters that can be printed"),
-        (["--sample", "--output", "a\x1bb"], "--output: give a name of characters that can be"),
+        (["--model", "a\nb"], "--model 'a\\nb': give a name of characters that can be"),
+        (["--sample", "--output", "a\x1bb"], "--output 'a\\x1bb': give a name of"),
         (["--sample", "--learning-rate", "nan"], "--learning-rate: nan"),
         (["--sample", "--max-length", "8", "--stride", "5"], "--stride"),
         (["--sample", "--max-length", "20", "--stride", "4"], "give --max-length"),
@@ -1120,6 +1120,7 @@ def test_output_that_holds_files_of_others(name, refused, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("precious")
     output = tmp_path / "run"
+    (output / ".lock").touch()  # as a start that was refused leaves it
     first = output / name.split("/")[0]
     refused("--sample", *SHORT, "--output", output, says=[f"{first} is there already", "move it"])
     assert path.read_text() == "precious"
