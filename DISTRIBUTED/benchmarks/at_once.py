@@ -33,7 +33,7 @@ def train_at_once(count, folder):
         command = [sys.executable, TRAIN, *WORDS, "--output", output]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         trainings.append(subprocess.Popen(command, env=environment, **quiet))
-    if any(training.wait() for training in trainings):
+    if any([training.wait() for training in trainings]):
         sys.exit(f"a training failed: try {TRAIN} {' '.join(WORDS)}")
     results = json.loads((outputs[0] / "results.json").read_text())
     steps = []
@@ -61,7 +61,7 @@ def main():
     table = {
         "title": "Trainings of one rank at once, without communication",
         "conditions": f"the sample's BERT, 8 features a step, one thread each; {REPEATS} tries in"
-        " turn, of each the median of all steady intervals",
+        " turn, of each the median of the trainings' median steps",
         "columns": ["trainings at once", "ms a step, median", "least", "most"],
         "rows": rows,
         "environment": {name: results["environment"].get(name) for name in link.MACHINE_FACTS}

@@ -440,8 +440,9 @@ NODE_GIGABYTES = [12.5, 25, 50]
 # GPUs and GB/s a node for the short table and the charts; the first is FinisTerrae III's.
 NETWORKS = list(zip(NODE_SIZES, NODE_GIGABYTES))
 INSIDE_NODES = {2: INSIDE, 4: NVLINK, 8: NVLINK}
-# XE8545's two links of 25 GB/s, beside their data sheet as FinisTerrae III's are: 19.5 of 43 GB/s a
-# node would give the steps of its 8 and 16 nodes.
+# Of the bandwidth that a link has if it is as near to its data sheet as FinisTerrae III's. The best
+# of MLPerf's XE8545, with two links of 25 GB/s: 19.5 of 43 GB/s a node would give the steps of 8 and
+# 16 nodes.
 POOR_LINKS = 0.45
 MEAN_TOKENS = 171
 LONGEST_TOKENS = 392  # 384 in a row whose length divides by eight
@@ -569,8 +570,8 @@ def conditions(steps):
         f"predicted, not measured: {steps}; ddp, bf16 gradients. The model of scaling errs by"
         f" {published_errors(of_measured)} on four GPUs of FinisTerrae III, and on 8 to 1,024 whose"
         f" links are known by their data sheets alone by {published_errors(checks_of_data_sheets())}"
-        ", mostly too fast: so are the networks here but the first. The device's time alone: the"
-        " host has to launch some 1,050 kernels a step besides"
+        ", mostly too fast; of the networks here all but the first are known by those alone. The"
+        " device's time alone: the host has to launch some 1,050 kernels a step besides"
     )
 
 
@@ -613,7 +614,7 @@ def fastest_table(computing):
     return {
         "title": "The fastest epoch of each batch, predicted",
         "conditions": f"{conditions(PREDICTED_STEPS)}. Poor links: {POOR_LINKS:.0%} of the bandwidth"
-        " between nodes, as MLPerf's XE8545 seem to have",
+        " between nodes, as the best of MLPerf's XE8545 seem to have",
         "columns": ["GPUs a node", "GB/s a node", "global batch", "published F1"]
         + ["GPUs of the fastest epoch", "features per GPU", "seconds", "speed-up"]
         + ["seconds with poor links"],

@@ -85,20 +85,31 @@ class Ranks:
         self.kept = {}
 
     def __call__(
-        self, world, *words, output=None, scripts=None, own=None, patch="", nodes=1, seconds=240
+        self,
+        world,
+        *words,
+        output=None,
+        scripts=None,
+        own=None,
+        patch="",
+        nodes=1,
+        seconds=240,
+        environment=None,
     ):
         """Starts the ranks, waits for all of them, and returns the Run, however it ended.
 
         world 0: baseline/train.py. 1: DISTRIBUTED/train.py by itself. More: as torchrun starts its
         ranks. scripts: the ranks' own train.py, if they differ; own: {rank: its options beside
-        words}; patch: code that is run within each rank's module before its main()."""
+        words}; patch: code that is run within each rank's module before its main(); environment:
+        variables beside torchrun's."""
         number = next(self.numbers)
         output = output or self.folder / f"run-{number}"
         count = max(world, 1)
         scripts = scripts or [DISTRIBUTED if world else BASELINE] * count
-        variables = [{}]
+        extra = environment or {}
+        variables = [extra]
         if world > 1:
-            variables = torchrun_variables(world, nodes, free_port())
+            variables = [one | extra for one in torchrun_variables(world, nodes, free_port())]
         lives = []
         try:
             for rank in range(count):

@@ -369,10 +369,10 @@ def test_what_ranks_cannot_share_is_refused(ranks, words, says):
 
 def test_one_process_checks_for_the_ranks_to_come(ranks):
     """The launcher runs train.py --prepare with EXPECTED_WORLD_SIZE before the ranks."""
-    patch = 'os.environ["EXPECTED_WORLD_SIZE"] = "4"'
-    run = ranks(1, *SMALL, "--prepare", "--batch-size", 3, patch=patch)
+    given = {"EXPECTED_WORLD_SIZE": "4"}
+    run = ranks(1, *SMALL, "--prepare", "--batch-size", 3, environment=given)
     assert_said_once(run, 0, "--batch-size is smaller than --accumulate x 4 ranks")
-    run = ranks(1, *SMALL, "--prepare", patch=patch)
+    run = ranks(1, *SMALL, "--prepare", "--batch-size", 4, environment=given)
     assert run.codes == [0], run.log
 
 
