@@ -49,7 +49,12 @@ def test_one_rank_is_baseline_exactly(ranks, batching):
 
 @pytest.mark.parametrize(
     ("world", "batching"),
-    [(2, "packed"), (4, "packed"), (2, "padded"), (4, "bucketed")],
+    [
+        (2, "packed"),
+        pytest.param(4, "packed", marks=pytest.mark.slow),
+        pytest.param(2, "padded", marks=pytest.mark.slow),
+        (4, "bucketed"),
+    ],
 )
 def test_many_ranks_have_baselines_losses(ranks, world, batching):
     words = [*LONG, *BATCHINGS[batching]]

@@ -151,6 +151,7 @@ def test_a_start_that_waits_goes_on_when_the_other_is_killed(cold):
     assert output == "1.0\n", error
 
 
+@pytest.mark.slow
 def test_other_requirements_are_installed_into_the_same_environment(cold):
     def source(requirements):
         (cold.root / "requirements.txt").write_text(requirements)
