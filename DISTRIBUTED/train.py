@@ -1730,7 +1730,7 @@ def settings_of(args, model, tokenizer, features):
 
 def check_output(output, args):
     """Raises Problem where a run would write over what is not its own: over --model, or over what
-    stands in output without a run's checkpoint, or the mark that a run left as it began to write."""
+    stands in output without a run's checkpoint, or the mark of a run that has begun to write."""
     model = Path(os.path.realpath(args.model))
     folder = Path(os.path.realpath(output))
     if folder == model or {folder / "model", folder / "model.tmp"} & {model, *model.parents}:
@@ -1799,7 +1799,7 @@ def load_checkpoint(output, settings, model):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = dict(content["settings"])
-        int(content["state"]["step"])
+        int(content["state"]["step"])  # which another program's file lacks
         shapes = {name: weight.shape for name, weight in content["model"].items()}
         moments = set(content["optimizer"]["state"])
     except OSError:  # the file itself may be whole
@@ -2040,8 +2040,8 @@ class Interval:
 
 
 def plan_life(args, plan, first, state):
-    """Returns of a life that begins with the step first (from 0): the step with which its warm-up
-    has ended, whether steps are profiled then, and for each step whether it counts as steady."""
+    """Returns what is planned for a life that begins with the step `first`: the first step after
+    its warm-up, whether the steps from there on are profiled, and which steps count as steady."""
     steps = len(plan["features"])
     # Every life of a run warms up: it allocates, and compiles. Then one of them is profiled.
     warmup_end = first + min(5, (steps - first) // 4)

@@ -779,9 +779,9 @@ def scaling_table(runs):
             row["exposed communication"] = spread(map(exposed_share, group), percent)
             row["all-reduce GB/s"] = spread(speeds)
         rows.append(row)
-    caption = """Mean ± standard deviation of the repeats; per rank, speed-up and efficiency by their
-    medians. Strong: 1x1's global batch, the same training. Growing: 1x1's batch on each rank: the
-    batch differs from row to row, and F1 with it."""
+    caption = """Mean ± standard deviation of the repeats; per rank, speed-up and efficiency by
+    their medians. Strong: 1x1's global batch, the same training. Growing: 1x1's batch on each rank:
+    the batch differs from row to row, and F1 with it."""
     return table(conditions(runs, caption), rows)
 
 

@@ -33,7 +33,8 @@ def train_at_once(count, folder):
         command = [sys.executable, TRAIN, *WORDS, "--output", output]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         trainings.append(subprocess.Popen(command, env=environment, **quiet))
-    if any([training.wait() for training in trainings]):
+    codes = [training.wait() for training in trainings]
+    if any(codes):
         sys.exit(f"a training failed: try {TRAIN} {' '.join(WORDS)}")
     results = json.loads((outputs[0] / "results.json").read_text())
     steps = []

@@ -281,6 +281,9 @@ def ddp_exposed(model, computing, nodes, per_node, inside, between, bytes_per_nu
     return exposed(model, BACKWARD_SHARE * computing, seconds_of, bytes_per_number)
 
 
+LONGER = "what a step takes longer than on 1x1"
+
+
 def hpctools_checks(communicating):
     """Each rank has 160 features whatever the ranks, so a step computes for as long as on 1x1."""
     source = "HPCtools4AI"
@@ -305,14 +308,13 @@ def hpctools_checks(communicating):
     return checks + waits
 
 
-LONGER = "what a step takes longer than on 1x1"
-
 # MLPerf Training, BERT-Large: GPUs a node, one node's sequences a step and GPU, its sequences/s a
 # GPU, the link inside a node, GB/s a node by the data sheet; then of more nodes the sequences a
 # step and GPU and the sequences/s a GPU, and what the nodes' links are where they differ.
 # mlcommons/training_results_v2.1 at 9b4d2df and _v3.0 at 9f08e30, Dell/results/SYSTEM/bert, the
 # median of 5 to 10 files each (XE8545: of 1 or 2): train_samples / raw_train_time / GPUs. DGX: from
-# run_start to run_stop; v2.0's NVIDIA/results/dgxa100_n8 and n128, of 2 files each, one node v2.1's.
+# run_start to run_stop; v2.0's NVIDIA/results/dgxa100_n8 and n128, of 2 files each, one node of
+# v2.1.
 R750XA = (4, 112, 230.01, INSIDE)
 XE8545 = (4, 64, 289.3, NVLINK)
 XE8545_80GB = (4, 112, 313.2, NVLINK)
@@ -332,35 +334,32 @@ MLPERF = [
 ]
 
 
-def mlperf_step(nodes, sequences, one_node, between):
-    """Returns the seconds of a step of MLPerf's code, from that of one node.
+def mlperf_step(nodes, sequences, one_node, gigabytes):
+    """Returns the seconds in which a step of MLPerf's code computes, from that of one node, and in
+    which it sends; gigabytes: per second and node, by the data sheet.
 
     Its fp16 gradients are sent after the backward pass (dwu_overlap_reductions=False): summed and
     scattered inside a node, summed between nodes, gathered inside. What one node takes without the
     sending inside is computing, and in proportion to the sequences. None of these links' times is
-    published: R750xa's inside is taken for FinisTerrae III's, and those between nodes for as far below
-    their data sheet as FinisTerrae III's is."""
+    published: R750xa's inside is taken for FinisTerrae III's, and those between nodes for as far
+    below their data sheet as FinisTerrae III's is."""
     per_node, one_node_sequences, speed, inside = one_node
     size = 2 * BERT_LARGE["parameters"]
     inside_seconds = ring(size, per_node, inside)
     computing = (one_node_sequences / speed - inside_seconds) * sequences / one_node_sequences
-    if between is NO_COMMUNICATION:
-        return computing
-    return computing + inside_seconds + all_reduce(size, nodes, 1, NO_COMMUNICATION, between)
+    between = BETWEEN.times(1e9 * gigabytes / LINE)
+    return computing, inside_seconds + all_reduce(size, nodes, 1, NO_COMMUNICATION, between)
 
 
 def mlperf_checks(communicating):
     checks = []
     for system, one_node, gigabytes, rows in MLPERF:
-        between = NO_COMMUNICATION
-        if communicating:
-            between = BETWEEN.times(1e9 * gigabytes / LINE)
         for nodes, (sequences, speed) in rows.items():
-            measured = 1000 * sequences / speed
-            predicted = 1000 * mlperf_step(nodes, sequences, one_node, between)
+            computing, sending = mlperf_step(nodes, sequences, one_node, gigabytes)
+            predicted = computing + sending if communicating else computing
+            values = (1000 * sequences / speed, 1000 * predicted)
             what = f"{system}: BERT-Large, {sequences} per GPU"
-            shape = f"{nodes}x{one_node[0]}"
-            checks.append(Check("MLPerf", what, shape, "ms a step", measured, predicted))
+            checks.append(Check("MLPerf", what, f"{nodes}x{one_node[0]}", "ms a step", *values))
     return checks
 
 
@@ -441,8 +440,8 @@ NODE_GIGABYTES = [12.5, 25, 50]
 NETWORKS = list(zip(NODE_SIZES, NODE_GIGABYTES))
 INSIDE_NODES = {2: INSIDE, 4: NVLINK, 8: NVLINK}
 # Of the bandwidth that a link has if it is as near to its data sheet as FinisTerrae III's. The best
-# of MLPerf's XE8545, with two links of 25 GB/s: 19.5 of 43 GB/s a node would give the steps of 8 and
-# 16 nodes.
+# of MLPerf's XE8545, with two links of 25 GB/s: 19.5 of 43 GB/s a node would give the steps of 8
+# and 16 nodes.
 POOR_LINKS = 0.45
 MEAN_TOKENS = 171
 LONGEST_TOKENS = 392  # 384 in a row whose length divides by eight
@@ -566,10 +565,11 @@ PREDICTED_STEPS = "A100-PCIe, packed, compiled, a step's own time errs by -7% to
 def conditions(steps):
     """Returns the captions' words on what is assumed, and on the errors."""
     of_measured = [check for check in checks_of_measured_links() if check.what != LONGER]
+    of_data_sheets = published_errors(checks_of_data_sheets())
     return (
         f"predicted, not measured: {steps}; ddp, bf16 gradients. The model of scaling errs by"
         f" {published_errors(of_measured)} on four GPUs of FinisTerrae III, and on 8 to 1,024 whose"
-        f" links are known by their data sheets alone by {published_errors(checks_of_data_sheets())}"
+        f" links are known by their data sheets alone by {of_data_sheets}"
         ", mostly too fast; of the networks here all but the first are known by those alone. The"
         " device's time alone: the host has to launch some 1,050 kernels a step besides"
     )
@@ -613,8 +613,8 @@ def fastest_table(computing):
             rows.append([*row, "-" if is_measured else round(poor, 1)])
     return {
         "title": "The fastest epoch of each batch, predicted",
-        "conditions": f"{conditions(PREDICTED_STEPS)}. Poor links: {POOR_LINKS:.0%} of the bandwidth"
-        " between nodes, as the best of MLPerf's XE8545 seem to have",
+        "conditions": f"{conditions(PREDICTED_STEPS)}. Poor links: {POOR_LINKS:.0%} of the"
+        " bandwidth between nodes, as the best of MLPerf's XE8545 seem to have",
         "columns": ["GPUs a node", "GB/s a node", "global batch", "published F1"]
         + ["GPUs of the fastest epoch", "features per GPU", "seconds", "speed-up"]
         + ["seconds with poor links"],
